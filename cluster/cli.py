@@ -1,0 +1,173 @@
+"""The `luthier` command, and its group `cluster`: what is in a store, and where aliases point.
+
+`luthier GROUP …` runs the `cli` module of the package GROUP, imported only when it is asked for: the ground imports
+nothing that stands on it, and `--help` takes no second. Each group also runs as `python -m GROUP`.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from cluster.errors import LuthierError
+from cluster.logs import console, fail
+
+GROUPS = {
+    "jobs": "fine-tune: plan, submit, train, look at runs",
+    "serving": "serve a base and its adapters over HTTP",
+    "cluster": "what the store holds: adapters, aliases, models, runs",
+}
+
+app = typer.Typer(help="What the store holds.", no_args_is_help=True, pretty_exceptions_enable=False)
+
+StoreUrl = Annotated[str, typer.Option("--store", help="s3://bucket/prefix or file:///folder")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def main() -> None:
+    """`luthier GROUP COMMAND …`."""
+    group = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if group not in GROUPS:
+        lines = [f"  {name:<8} {what}" for name, what in GROUPS.items()]
+        print("\n".join(["usage: luthier GROUP COMMAND …", "", *lines, "", "luthier GROUP --help lists its commands"]))
+        sys.exit(0 if group in ("--help", "-h") else 2)
+    run(importlib.import_module(f"{group}.cli").app, f"luthier {group}", sys.argv[2:])
+
+
+def run(group: typer.Typer, name: str, arguments: list[str]) -> None:
+    """Run one group's commands; an error of ours becomes one message and its exit code."""
+    try:
+        group(arguments, prog_name=name)
+    except LuthierError as error:
+        sys.exit(fail(error))
+
+
+def show(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool = False) -> None:
+    """Print rows as a table of these columns, or all of them as a JSON array."""
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(*columns, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
+    console().print(table)
+
+
+@app.command()
+def adapters(
+    store: StoreUrl,
+    name: Annotated[str | None, typer.Argument(help="one adapter: list its versions")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List adapters and where their aliases point, or the versions of one."""
+    from cluster import registry
+    from cluster.errors import AdapterNotFound
+    from cluster.store import open_store
+
+    opened = open_store(store)
+    if name:
+        registry.parse(name)
+        found = registry.versions(opened, name)
+        if not found:
+            raise AdapterNotFound(
+                f"no adapter {name} in {store}; adapters here: {', '.join(registry.names(opened)) or 'none'}"
+            )
+        rows = [version.model_dump(mode="json") | {"base": version.base.name} for version in found]
+        show(rows, ("version", "digest", "base", "run_id", "step", "created_at"), as_json)
+        return
+    rows = []
+    for adapter in registry.names(opened):
+        state = registry.alias_state(opened, adapter)
+        aliases = registry.alias_targets(state) if state else {}
+        rows.append({"name": adapter, "versions": len(registry.version_numbers(opened, adapter)), "aliases": aliases})
+    show(rows, ("name", "versions", "aliases"), as_json)
+
+
+@app.command()
+def alias(
+    reference: Annotated[str, typer.Argument(help="name, to read its history; or name@alias, to set it")],
+    store: StoreUrl,
+    version: Annotated[int | None, typer.Option(help="the version that the alias shall point at")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="remove the alias")] = False,
+    why: Annotated[str, typer.Option(help="the reason, kept in the log")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Move an alias, or read the log of all its moves."""
+    from cluster import registry
+    from cluster.errors import AdapterNotFound, ConfigError, Fault
+    from cluster.store import open_store
+
+    name, at, chosen = reference.partition("@")
+    opened = open_store(store)
+    if not at:
+        if version is not None or remove:
+            raise ConfigError([Fault(f"alias {reference}", "", f"which alias? write {name}@stable or {name}@NAME")])
+        registry.parse(name)
+        history = [entry.model_dump(mode="json") for entry in registry.alias_history(opened, name)]
+        if not history:
+            raise AdapterNotFound(f"no aliases of {name} in {store}; adapters: {', '.join(registry.names(opened))}")
+        show(history, ("at", "by", "stable", "canary", "others", "why"), as_json)
+        return
+    if (version is None) != remove:
+        raise ConfigError([Fault(f"alias {reference}", "", "give either --version N or --remove")])
+    entry = registry.set_alias(opened, name, chosen, version, why=why)
+    show([entry.model_dump(mode="json")], ("at", "by", "stable", "canary", "others", "why"), as_json)
+
+
+@app.command()
+def models(store: StoreUrl, as_json: AsJson = False) -> None:
+    """List the base models that the store holds."""
+    from cluster.models import mirrored
+    from cluster.store import open_store
+
+    rows = [
+        {
+            "name": manifest.name,
+            "revision": manifest.revision,
+            "licence": manifest.licence,
+            "bytes": sum(file.size for file in manifest.files),
+            "source": manifest.source,
+            "created_at": manifest.created_at,
+        }
+        for manifest in mirrored(open_store(store))
+    ]
+    show(rows, ("name", "revision", "licence", "bytes", "source", "created_at"), as_json)
+
+
+@app.command()
+def mirror(
+    config: Annotated[Path, typer.Argument(help="configs/models/NAME.yaml")],
+    store: StoreUrl,
+) -> None:
+    """Copy a base model into the store, for clusters without a hub. Prints its revision."""
+    from cluster.config import load
+    from cluster.models import ModelConfig, from_hub
+    from cluster.models import mirror as mirror_model
+    from cluster.store import open_store
+
+    model = load(config, ModelConfig)
+    opened = open_store(store)
+    folder = from_hub(model) if model.is_hub else Path(model.source).expanduser()
+    print(mirror_model(model, folder, opened))
+
+
+@app.command()
+def runs(store: StoreUrl, as_json: AsJson = False) -> None:
+    """List the runs that the store knows."""
+    from cluster import keys, records
+    from cluster.records import RunRecord
+    from cluster.store import open_store
+
+    opened = open_store(store)
+    run_ids = sorted({item.key.split("/")[1] for item in opened.list(keys.runs_prefix())})
+    found = [
+        records.read(opened, keys.run_record(run_id), RunRecord)
+        for run_id in run_ids
+        if opened.exists(keys.run_record(run_id))
+    ]
+    rows = [record.model_dump(mode="json") | {"base": record.base.name} for record in found]
+    show(rows, ("run_id", "base", "created_at", "code_revision"), as_json)

@@ -1,0 +1,21 @@
+"""Every environment variable that Luthier itself reads, named once.
+
+The store's credentials and endpoint are the standard AWS variables, read by boto3; Ray's own
+variables are read by Ray. What stands here is only what our code looks up by name.
+"""
+
+RAY_ADDRESS = "RAY_ADDRESS"
+"""The Ray cluster to join. `ray job submit` sets it for the driver."""
+
+RAY_AUTH_MODE = "RAY_AUTH_MODE"
+RAY_AUTH_TOKEN = "RAY_AUTH_TOKEN"
+RAY_AUTH_TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
+
+LUTHIER_CACHE = "LUTHIER_CACHE"
+"""Folder on each node for downloaded models, data and adapters. Default: ~/.cache/luthier."""
+
+DS_ACCELERATOR = "DS_ACCELERATOR"
+"""What DeepSpeed computes on; set for training workers."""
+
+TORCH_EXTENSIONS_DIR = "TORCH_EXTENSIONS_DIR"
+"""Where torch keeps compiled operations; set for training workers that run in a virtual environment."""

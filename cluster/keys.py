@@ -1,0 +1,108 @@
+"""Every key in the store, each made by one function. Nothing else spells a key.
+
+Keys are relative to the store's prefix. Steps and alias numbers are zero-padded so that the order
+of keys is the order of events; adapter versions are counted by people and are not padded.
+"""
+
+import re
+
+NAME_PATTERN = r"[a-z0-9]([a-z0-9._-]{0,94}[a-z0-9])?"
+"""Names of models, runs, adapters and aliases: lower case, safe in a key, a URL and a shell."""
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` may name a model, run, adapter or alias."""
+    return re.fullmatch(NAME_PATTERN, text) is not None
+
+
+def model_prefix(model: str, revision: str) -> str:
+    return f"models/{model}/{revision}/"
+
+
+def model_manifest(model: str, revision: str) -> str:
+    return f"{model_prefix(model, revision)}model.json"
+
+
+def models_prefix() -> str:
+    return "models/"
+
+
+def dataset_prefix(digest: str) -> str:
+    return f"datasets/{digest}/"
+
+
+def dataset_shard(digest: str, index: int) -> str:
+    return f"{dataset_prefix(digest)}shard-{index:05d}.arrow"
+
+
+def dataset_manifest(digest: str) -> str:
+    return f"{dataset_prefix(digest)}dataset.json"
+
+
+def runs_prefix() -> str:
+    return "runs/"
+
+
+def run_prefix(run_id: str) -> str:
+    return f"runs/{run_id}/"
+
+
+def run_record(run_id: str) -> str:
+    return f"{run_prefix(run_id)}run.json"
+
+
+def metrics_part(run_id: str, first_step: int, attempt: int) -> str:
+    """One part of `metrics.jsonl`: the store has no append, so parts are listed and joined in order."""
+    return f"{run_prefix(run_id)}metrics.jsonl/{first_step:08d}-{attempt:03d}.jsonl"
+
+
+def metrics_prefix(run_id: str) -> str:
+    return f"{run_prefix(run_id)}metrics.jsonl/"
+
+
+def event(run_id: str, number: int) -> str:
+    return f"{run_prefix(run_id)}events.jsonl/{number:08d}.jsonl"
+
+
+def events_prefix(run_id: str) -> str:
+    return f"{run_prefix(run_id)}events.jsonl/"
+
+
+def checkpoints_prefix(run_id: str) -> str:
+    return f"{run_prefix(run_id)}checkpoints/"
+
+
+def checkpoint_prefix(run_id: str, step: int) -> str:
+    return f"{checkpoints_prefix(run_id)}{step:08d}/"
+
+
+def checkpoint_manifest(run_id: str, step: int) -> str:
+    return f"{checkpoint_prefix(run_id, step)}manifest.json"
+
+
+def adapters_prefix() -> str:
+    return "adapters/"
+
+
+def adapter_prefix(name: str) -> str:
+    return f"adapters/{name}/"
+
+
+def adapter_version_prefix(name: str, version: int) -> str:
+    return f"{adapter_prefix(name)}{version}/"
+
+
+def adapter_file(name: str, version: int, file: str) -> str:
+    return f"{adapter_version_prefix(name, version)}{file}"
+
+
+def adapter_record(name: str, version: int) -> str:
+    return adapter_file(name, version, "record.json")
+
+
+def aliases_prefix(name: str) -> str:
+    return f"aliases/{name}/"
+
+
+def alias_entry(name: str, number: int) -> str:
+    return f"{aliases_prefix(name)}{number:08d}.json"

@@ -1,0 +1,236 @@
+"""Base models: which one, pinned to a revision, brought to a node, and its shape read without torch.
+
+A model is named by a config in `configs/models/`. Its source is a Hub id (pinned by a commit hash),
+a folder, or the store. A folder is mirrored into the store under the digest of its files when a job
+first uses it, so that every node of a cluster, and serving later, reads the same bytes; a Hub model
+may be mirrored for clusters without a hub, and the mirror is then preferred.
+
+    models/<name>/<revision>/{config.json, model.safetensors, …, model.json}      model.json last
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from pydantic import Field, model_validator
+
+from cluster import env, keys, records
+from cluster.config import Config
+from cluster.errors import ModelError, ObjectExists, ObjectNotFound
+from cluster.records import BaseModelRef, ModelManifest
+from cluster.store import Store
+
+WANTED_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
+"""What is fetched and mirrored of a model. Pickled weights (`*.bin`, `*.pt`) never are: loading them runs code."""
+
+
+class Shape(Config):
+    """The sizes that decide memory and work, under the names that `config.json` uses."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of a gated-MLP decoder (Llama, Qwen, Mistral, Gemma): matrices, without norms (under 0.01 %)."""
+        query = self.hidden_size * self.num_attention_heads * self.head_dim
+        key_value = 2 * self.hidden_size * self.num_key_value_heads * self.head_dim
+        mlp = 3 * self.hidden_size * self.intermediate_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * (2 * query + key_value + mlp) + embeddings
+
+
+class ModelConfig(Config):
+    """A base model: what `configs/models/NAME.yaml` holds."""
+
+    name: str = Field(description="its name in the store and in the API")
+    source: str = Field(description="a Hub id `owner/name`, a folder (`/…`, `./…`), or `store`")
+    revision: str | None = Field(
+        None, description="a commit hash for a Hub id; for `store` a mirrored revision, left out: the newest there"
+    )
+    licence: str = Field(description="SPDX or Hub licence id; goes into the record of everything made from it")
+    dtype: Literal["fp32", "bf16"] = Field("bf16", description="precision in which weights are held")
+    shape: Shape | None = Field(None, description="sizes, so that a Hub model can be planned without a network")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if not keys.is_name(self.name):
+            raise ValueError(f"name {self.name!r}: use lower case letters, digits, '.', '_' and '-'")
+        if self.is_hub and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError(f"{self.source} is a Hub id: pin it with revision: <40 hex digits of a commit>")
+        if self.is_folder and self.revision:
+            raise ValueError("a folder has no revision of its own; leave it out (its digest is used)")
+        return self
+
+    @property
+    def is_folder(self) -> bool:
+        return self.source.startswith(("/", "./", "../", "~"))
+
+    @property
+    def is_hub(self) -> bool:
+        return not self.is_folder and self.source != "store"
+
+
+def read_shape(folder: Path) -> Shape:
+    """The shape that a model folder's `config.json` states. Raises ModelError."""
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ModelError(f"{folder} is not a model folder: it has no config.json") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from None
+    config = config.get("text_config", config)
+    missing = [
+        name for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if name not in config
+    ]
+    if missing:
+        raise ModelError(f"{path} does not describe a decoder: no {', '.join(missing)}")
+    heads = config["num_attention_heads"]
+    return Shape(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        intermediate_size=config.get("intermediate_size", 4 * config["hidden_size"]),
+        num_hidden_layers=config["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        tie_word_embeddings=config.get("tie_word_embeddings", True),
+        max_position_embeddings=config.get("max_position_embeddings", 2048),
+    )
+
+
+def pin(model: ModelConfig, store: Store) -> BaseModelRef:
+    """Decide the revision, once for a run or a deployment; a folder is mirrored first. Raises ModelError."""
+    if model.is_folder:
+        revision = mirror(model, Path(model.source).expanduser(), store)
+    elif model.is_hub:
+        revision = model.revision or ""
+    else:
+        revision = _in_store(model, store)
+    return BaseModelRef(name=model.name, revision=revision, licence=model.licence)
+
+
+def _in_store(model: ModelConfig, store: Store) -> str:
+    """The mirrored revision that the config names, or else the newest."""
+    manifests = mirrored(store)
+    found = [
+        manifest
+        for manifest in manifests
+        if manifest.name == model.name and model.revision in (None, manifest.revision)
+    ]
+    if not found:
+        have = ", ".join(f"{manifest.name} ({manifest.revision})" for manifest in manifests) or "none"
+        wanted = f"{model.name} at revision {model.revision}" if model.revision else model.name
+        raise ModelError(f"{store.url} holds no model {wanted}; its models: {have}")
+    return max(found, key=lambda manifest: (manifest.created_at, manifest.revision)).revision
+
+
+def mirror(model: ModelConfig, folder: Path, store: Store, origin: str | None = None) -> str:
+    """Copy a model folder into the store; what is there already is not sent again. Returns the revision.
+
+    Args:
+        origin: where the weights come from, for the manifest, when that is not the config's source.
+    """
+    read_shape(folder)
+    paths = sorted({path for pattern in WANTED_FILES for path in folder.glob(pattern) if path.is_file()})
+    if not any(path.suffix == ".safetensors" for path in paths):
+        raise ModelError(f"{folder} has no *.safetensors weights; convert them with save_pretrained()")
+    files = tuple(records.describe_file(path, path.name) for path in paths)
+    revision = model.revision or records.digest_of(files)[:40]
+    manifest = keys.model_manifest(model.name, revision)
+    if not store.exists(manifest):
+        for path in paths:
+            store.upload(path, keys.model_prefix(model.name, revision) + path.name)
+        record = ModelManifest(
+            name=model.name,
+            revision=revision,
+            source=origin or model.source,
+            licence=model.licence,
+            files=files,
+            created_at=records.now(),
+        )
+        with suppress(ObjectExists):  # another job mirrored the same bytes meanwhile
+            store.create(manifest, record.to_bytes())
+    return revision
+
+
+def mirrored(store: Store) -> list[ModelManifest]:
+    """The manifest of every model in the store."""
+    prefix = keys.models_prefix()
+    found = []
+    for item in store.list(prefix):
+        name, _, rest = item.key.removeprefix(prefix).partition("/")
+        revision = rest.partition("/")[0]
+        if item.key == keys.model_manifest(name, revision):
+            found.append(records.read(store, item.key, ModelManifest))
+    return found
+
+
+def cache_folder() -> Path:
+    """Where this node keeps what it downloaded."""
+    return Path(os.environ.get(env.LUTHIER_CACHE) or Path.home() / ".cache" / "luthier")
+
+
+def fetch(model: ModelConfig, base: BaseModelRef, store: Store) -> Path:
+    """The model's folder on this node, downloaded once whatever the number of processes.
+
+    The store's mirror is read if there is one, else the Hub. Raises ModelError, StoreError.
+    """
+    if model.is_hub and not store.exists(keys.model_manifest(base.name, base.revision)):
+        return from_hub(model)
+    folder = cache_folder() / "models" / base.name / base.revision
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{base.revision}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            manifest = read_manifest(store, base)
+            records.fetch_files(store, keys.model_prefix(base.name, base.revision), manifest.files, partial)
+            partial.rename(folder)
+    return folder
+
+
+def read_manifest(store: Store, base: BaseModelRef) -> ModelManifest:
+    try:
+        return records.read(store, keys.model_manifest(base.name, base.revision), ModelManifest)
+    except ObjectNotFound:
+        raise ModelError(f"{store.url} holds no model {base.name} at revision {base.revision}") from None
+
+
+def from_hub(model: ModelConfig) -> Path:
+    """The folder of a Hub model at its pinned revision, from the Hub's cache or the network. Raises ModelError."""
+    where = f"{model.source}@{model.revision}"
+    try:
+        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=list(WANTED_FILES)))
+    except GatedRepoError:
+        raise ModelError(f"{where} is gated: accept its licence on the Hub and set HF_TOKEN") from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise ModelError(f"{where} does not exist on the Hub, or HF_TOKEN may not read it") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"{where} is neither in the store nor reachable on the Hub ({reason}); on a machine with the Hub run "
+            f"`luthier cluster mirror configs/models/{model.name}.yaml --store URL`"
+        ) from None

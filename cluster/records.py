@@ -1,0 +1,158 @@
+"""What is written under the keys: small JSON records, each immutable once it is there.
+
+Training writes them and serving reads them; they are all that the two share. A record says which
+files belong to it with their sizes and SHA-256, so it is written last and is the commit.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cluster.errors import ObjectDamaged
+from cluster.store import Store
+
+
+class Record(BaseModel):
+    """Base of all records. Unknown keys are kept out, so a typo in a writer fails its tests."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def to_bytes(self) -> bytes:
+        return (self.model_dump_json(indent=2) + "\n").encode()
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def read(store: Store, key: str, kind: type[AnyRecord]) -> AnyRecord:
+    """The record under `key`. Raises ObjectNotFound; ObjectDamaged when it is not such a record."""
+    data = store.get(key)
+    try:
+        return kind.model_validate_json(data)
+    except ValueError as error:
+        raise ObjectDamaged(f"{store.url}/{key} is not a {kind.__name__}: {error}") from error
+
+
+def now() -> str:
+    """The time in UTC, to the second, as records hold it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class FileRecord(Record):
+    """One file of a record: its name below the record's prefix, size in bytes, SHA-256 in hex."""
+
+    file: str
+    size: int
+    sha256: str
+
+
+def describe_file(path: Path, file: str) -> FileRecord:
+    """Size and SHA-256 of a local file."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileRecord(file=file, size=path.stat().st_size, sha256=digest)
+
+
+def digest_of(files: Iterable[FileRecord]) -> str:
+    """One SHA-256 over a set of files, whatever their order: the identity of an adapter or a model folder."""
+    lines = sorted(f"{file.sha256}  {file.file}\n" for file in files)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def fetch_files(store: Store, prefix: str, files: Iterable[FileRecord], folder: Path) -> None:
+    """Download a record's files into `folder` and check each. Raises ObjectNotFound, ObjectDamaged."""
+    for file in files:
+        path = folder / file.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        store.download(prefix + file.file, path)
+        if describe_file(path, file.file) != file:
+            raise ObjectDamaged(f"{store.url}/{prefix}{file.file}: size or SHA-256 differs from its record")
+
+
+class ModelManifest(Record):
+    """A base model mirrored in the store."""
+
+    name: str
+    revision: str
+    source: str
+    licence: str
+    files: tuple[FileRecord, ...]
+    created_at: str
+
+
+class DatasetManifest(Record):
+    """A tokenised dataset. `skipped` counts rows that could not be used, by reason."""
+
+    digest: str
+    files: tuple[FileRecord, ...]
+    samples: int
+    tokens: int
+    supervised_tokens: int
+    skipped: dict[str, int]
+    created_at: str
+
+
+class BaseModelRef(Record):
+    """Which base an adapter belongs to: nothing else may serve it."""
+
+    name: str
+    revision: str
+    licence: str
+
+
+class RunRecord(Record):
+    """What a run was asked to do; written once, before anything is spent."""
+
+    run_id: str
+    recipe: dict[str, Any]
+    code_revision: str
+    versions: dict[str, str]
+    base: BaseModelRef
+    created_at: str
+
+
+class CheckpointManifest(Record):
+    """The commit of a checkpoint: every shard with its hash, and where in the data it stands."""
+
+    run_id: str
+    step: int
+    samples_seen: int
+    world_size: int
+    files: tuple[FileRecord, ...]
+    created_at: str
+
+
+class AdapterRecord(Record):
+    """The commit of an adapter version."""
+
+    name: str
+    version: int
+    digest: str = Field(pattern=r"^[0-9a-f]{64}$")
+    files: tuple[FileRecord, ...]
+    base: BaseModelRef
+    run_id: str
+    step: int
+    metrics: dict[str, float] = Field(default_factory=dict)
+    created_at: str
+
+
+class Canary(Record):
+    """A version on trial, and the share of the name's traffic that it is meant for."""
+
+    version: int
+    percent: int = Field(ge=0, le=100)
+
+
+class AliasEntry(Record):
+    """One entry of an adapter's alias log: the whole state after one change. The highest number holds."""
+
+    stable: int | None = None
+    canary: Canary | None = None
+    others: dict[str, int] = Field(default_factory=dict)
+    by: str
+    why: str
+    at: str

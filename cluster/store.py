@@ -1,0 +1,155 @@
+"""The object store: eight methods, one atomic primitive.
+
+A store holds immutable objects under `/`-separated keys. The only operation that may race is `create`
+(create if absent): of any number of writers, exactly one wins and the others get ObjectExists.
+Everything in Luthier that must not be lost or doubled is built on it, so a store that only pretends
+to have it is found out and refused when it is opened.
+
+    store = open_store("s3://bucket/prefix")     # or file:///folder
+    store.create("runs/r1/run.json", b"…")
+
+A store pickles to its address, so it may be sent to a Ray worker; there it is not proved a second time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import SplitResult, unquote, urlsplit
+from uuid import uuid4
+
+from cluster.errors import ConfigError, Fault, ObjectExists, StoreError, StoreUnfit
+
+TEMPORARY = ".tmp-"
+"""How the name of a half-written file begins. No key segment may begin with it."""
+
+_MAX_KEY_BYTES = 900  # S3 allows 1,024 for prefix and key together
+_MAX_SEGMENT_BYTES = 255  # the longest file name on Linux
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """A listed object: its key below the store's prefix, and its size in bytes."""
+
+    key: str
+    size: int
+
+
+class Store(Protocol):
+    """What Luthier needs of a store. Keys are relative to the store's own prefix and obey `check_key`.
+
+    Any method may raise StoreUnreachable and StoreDenied, and StoreError for what fits no other class.
+    """
+
+    url: str
+
+    def create(self, key: str, data: bytes) -> None:
+        """Write if absent. Raises ObjectExists, leaving the winner's bytes untouched.
+
+        After StoreUnreachable the object may or may not be there: the request or its answer was lost.
+        """
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write, replacing what is there. For objects that have one writer."""
+
+    def get(self, key: str) -> bytes:
+        """The whole object. Raises ObjectNotFound."""
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """All objects whose key begins with `prefix`, in the order of their keys (by code point)."""
+
+    def delete(self, key: str) -> None:
+        """Remove; a key that is not there is no error."""
+
+    def exists(self, key: str) -> bool:
+        """Whether an object is there."""
+
+    def upload(self, path: Path, key: str) -> None:
+        """Write a local file (in parts and in parallel when large), replacing what is there.
+
+        Raises ObjectDamaged if the stored size is not the file's.
+        """
+
+    def download(self, key: str, path: Path) -> None:
+        """Fetch into a local file, which appears only when whole; missing folders are made.
+
+        Raises ObjectNotFound, and ObjectDamaged if the fetched size is not the object's.
+        """
+
+
+def open_store(url: str) -> Store:
+    """Open `s3://bucket/prefix` or `file:///folder` and prove that create-if-absent holds.
+
+    Raises ConfigError for any other address, StoreUnreachable, StoreDenied, StoreUnfit.
+    """
+    try:
+        parts = check_url(url)
+    except ValueError as error:
+        raise ConfigError([Fault("store", "", str(error))]) from None
+    if parts.scheme == "file":
+        from cluster.folder import FolderStore
+
+        folder = FolderStore(Path(unquote(parts.path)))
+        _prove_create_if_absent(folder)
+        return folder
+    from cluster.s3 import OPENING, S3Store  # boto3 takes 0.3 s to import
+
+    bucket, prefix = parts.netloc, parts.path.strip("/")
+    # A wrong address should be reported in seconds; a running job should sit out a minute's outage.
+    _prove_create_if_absent(S3Store(bucket, prefix, OPENING))
+    return S3Store(bucket, prefix)
+
+
+def check_url(url: str) -> SplitResult:
+    """The parts of a store's address. Raises ValueError for what is none, with what to write instead."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc:  # the address is not repeated: what stands before the @ may be a secret
+        raise ValueError("an address holds no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
+    is_s3 = parts.scheme == "s3" and bool(parts.netloc)
+    is_folder = parts.scheme == "file" and not parts.netloc and parts.path.startswith("/")
+    if not is_s3 and not is_folder:
+        raise ValueError(f"store {url!r}: write s3://bucket/prefix or file:///absolute/folder")
+    if parts.query or parts.fragment:
+        raise ValueError(f"store {url!r}: write ? as %3F and # as %23 in a file:// address; s3:// has neither")
+    return parts
+
+
+def check_key(key: str) -> str:
+    """`key` itself, if every store can hold it and hold it alike; raises StoreError otherwise.
+
+    A key is one or more non-empty segments between `/`. It never leaves the store's prefix, and has no
+    control characters, because an S3 listing (XML) cannot carry them.
+    """
+    segments = key.split("/")
+    fault = ""
+    if "" in segments:
+        fault = "it has an empty segment (no leading, trailing or double /)"
+    elif "." in segments or ".." in segments:
+        fault = "'.' and '..' are not names"
+    elif any(segment.startswith(TEMPORARY) for segment in segments):
+        fault = f"names that begin with {TEMPORARY} are kept for half-written files"
+    elif any(ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000 for c in key):
+        fault = "it has a control character or half a character"
+    elif len(key.encode()) > _MAX_KEY_BYTES:
+        fault = f"it has more than {_MAX_KEY_BYTES} bytes"
+    elif any(len(segment.encode()) > _MAX_SEGMENT_BYTES for segment in segments):
+        fault = f"a segment has more than {_MAX_SEGMENT_BYTES} bytes"
+    if fault:
+        raise StoreError(f"{key!r} cannot be a key: {fault}; use keys from cluster/keys.py")
+    return key
+
+
+def _prove_create_if_absent(store: Store) -> None:
+    """Create one object twice; only a store that refuses the second can be trusted with a race."""
+    key = f".probe/{uuid4().hex}"
+    store.create(key, b"first")
+    try:
+        store.create(key, b"second")
+    except ObjectExists:
+        return
+    finally:
+        store.delete(key)
+    raise StoreUnfit(
+        f"{store.url} let two writers create the same object: it ignores `If-None-Match: *`, so runs and adapter "
+        "versions could overwrite each other. Use a server that honours it (AWS S3, Ceph, MinIO, R2) or a folder"
+    )

@@ -1,0 +1,140 @@
+"""HOW to train: the schema of a recipe. Defaults live here and nowhere else."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from cluster import keys
+from cluster.config import Config, Reference
+from cluster.models import ModelConfig
+from cluster.place import ClusterConfig
+from cluster.store import check_url
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class DataConfig(Config):
+    """Which rows, and how they become sequences."""
+
+    train: tuple[str, ...] = Field(min_length=1, description="files: a path, store:KEY, s3://…, hf://datasets/…")
+    evaluation: tuple[str, ...] = Field((), description="files whose loss is measured and never trained on")
+    sequence_length: PositiveInt = Field(2048, description="tokens of a packed sequence, and the longest sample")
+    overlong: Literal["error", "drop", "truncate"] = Field("error", description="what to do with a longer sample")
+    max_unusable: Share = Field(0.0, description="share of rows that may be unusable before the run stops")
+    packing: bool = Field(True, description="several samples to a sequence; attention never crosses samples")
+
+
+class LoraConfig(Config):
+    """Low-rank adapters (Hu et al. 2021); rslora scales by alpha / sqrt(rank) (Kalajdzievski 2023)."""
+
+    kind: Literal["lora"]
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Share = 0.0
+    rslora: bool = False
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "all-linear", description="names of linear layers"
+    )
+
+
+class FullConfig(Config):
+    """Every weight is trained."""
+
+    kind: Literal["full"]
+
+
+Method = Annotated[LoraConfig | FullConfig, Field(discriminator="kind")]
+
+
+class TrainConfig(Config):
+    """The run: how long, in what batches, on how many workers."""
+
+    steps: PositiveInt | None = Field(None, description="optimizer steps; instead of epochs")
+    epochs: PositiveInt | None = Field(None, description="passes over the data; instead of steps")
+    global_batch: PositiveInt = Field(16, description="packed sequences of one optimizer step, over all workers")
+    micro_batch: PositiveInt = Field(1, description="packed sequences of one forward pass of one worker")
+    workers: PositiveInt = 1
+    zero: Literal["auto", 0, 1, 2, 3] = Field("auto", description="ZeRO stage (Rajbhandari et al. 2019)")
+    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    seed: NonNegativeInt = 0
+    max_failures: NonNegativeInt = Field(3, description="lost workers to recover from, each from the last checkpoint")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        return self
+
+
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov & Hutter 2017)."""
+
+    learning_rate: PositiveFloat
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    clip_norm: PositiveFloat = Field(1.0, description="global gradient norm above which gradients are scaled down")
+
+
+class ScheduleConfig(Config):
+    """The learning rate over the run: linear warm-up, then constant, or down to final_share of the peak."""
+
+    kind: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    final_share: Share = 0.0
+
+
+class CheckpointConfig(Config):
+    """When training state is saved."""
+
+    every_steps: PositiveInt | None = Field(None, description="also after the last step; only then when left out")
+
+
+class PublishConfig(Config):
+    """Under which name the result appears: an adapter version, or for a full fine-tune a model revision."""
+
+    name: str
+    alias: str | None = Field("stable", description="alias to move to the new version; null leaves aliases alone")
+
+    @model_validator(mode="after")
+    def _named(self) -> "PublishConfig":
+        if not keys.is_name(self.name):
+            raise ValueError(f"name {self.name!r}: use lower case letters, digits, '.', '_' and '-'")
+        if self.alias is not None and (not keys.is_name(self.alias) or self.alias.isdecimal()):
+            raise ValueError(f"alias {self.alias!r}: use lower case letters, digits and '-', not a number")
+        return self
+
+
+class Recipe(Config):
+    """One fine-tuning run."""
+
+    name: str = Field(description="run ids begin with it")
+    model: Annotated[ModelConfig, Reference("models")]
+    cluster: Annotated[ClusterConfig, Reference("clusters")]
+    store: str = Field(description="s3://bucket/prefix or file:///folder")
+    data: DataConfig
+    method: Method
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    publish: PublishConfig | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if not keys.is_name(self.name):
+            raise ValueError(f"name {self.name!r}: use lower case letters, digits, '.', '_' and '-'")
+        if self.train.micro_batch > self.train.global_batch:
+            raise ValueError(
+                f"train.micro_batch {self.train.micro_batch} is larger than train.global_batch "
+                f"{self.train.global_batch}; lower it"
+            )
+        check_url(self.store)
+        if self.method.kind == "lora" and self.publish and self.publish.name == self.model.name:
+            raise ValueError(
+                f"publish.name {self.publish.name} is the base model's own name, and that answers for itself; "
+                "choose another"
+            )
+        if self.method.kind == "full" and self.publish and self.publish.alias not in (None, "stable"):
+            raise ValueError("publish.alias has no effect on a full fine-tune, which becomes a model revision")
+        return self

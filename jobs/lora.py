@@ -1,0 +1,56 @@
+"""Which parameters are trained: low-rank factors beside frozen weights, or all of the language model."""
+
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from cluster.errors import ModelError
+from jobs.config import FullConfig, LoraConfig
+
+
+def prepare(model: PreTrainedModel, method: LoraConfig | FullConfig, seed: int) -> PreTrainedModel | PeftModel:
+    """Freeze and extend the model as the method asks."""
+    if isinstance(method, FullConfig):
+        language = {id(parameter) for parameter in [*model.get_decoder().parameters(), *model.lm_head.parameters()]}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in language)
+        return model
+    import torch
+
+    # All ranks must start from the same factors; peft draws them from torch's global generator.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(
+            model,
+            PeftLoraConfig(
+                task_type="CAUSAL_LM",
+                r=method.rank,
+                lora_alpha=method.alpha,
+                lora_dropout=method.dropout,
+                use_rslora=method.rslora,
+                target_modules=method.targets if method.targets == "all-linear" else list(method.targets),
+                exclude_modules=_outside_decoder(model),
+            ),
+        )
+
+
+def _outside_decoder(model: PreTrainedModel) -> list[str] | None:
+    """Linear layers beside the language model (a vision tower, say): text never reaches them."""
+    decoder = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()} | {id(model.get_output_embeddings())}
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) not in inside
+    ]
+    return linear or None
+
+
+def check_targets(model: PreTrainedModel, method: LoraConfig | FullConfig) -> None:
+    """Raise ModelError for a target that the model does not have; `model` may be without weights."""
+    if isinstance(method, FullConfig) or method.targets == "all-linear":
+        return
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unknown = [target for target in method.targets if target not in linear]
+    if unknown:
+        have = ", ".join(sorted(linear))
+        raise ModelError(f"method.targets: the model has no linear layer called {', '.join(unknown)}; it has: {have}")

@@ -1,0 +1,202 @@
+"""The DeepSpeed engine: the one door to deepspeed, and where its stages differ from one another.
+
+Everything above this file sees one thing: `accumulate` a loss, `step` at a rate, read or restore a parameter's whole
+state. Where a stage keeps that state is known here alone:
+
+    stage 0, fp32   the parameter itself, and torch's optimizer state
+    stage 0, bf16   fp32 copies beside the parameters (DeepSpeed's unfused optimizer)
+    stages 1 to 3   shards of flat fp32 buffers; whole only by a collective that every rank must join
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
+
+from jobs.config import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+State = dict[str, Tensor]
+"""A parameter's whole state, fp32 on the host: `weight`, `exp_avg`, `exp_avg_sq`, each of the parameter's shape."""
+
+
+def settings(stage: int, dtype: str, clip_norm: float) -> dict[str, Any]:
+    """DeepSpeed's config. The accumulation count is 1 for DeepSpeed: `accumulate` marks the boundaries itself."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Plain fp32 at stage 0 is clipped by us, because DeepSpeed would not tell the norm.
+        "gradient_clipping": clip_norm if _wrapped(stage, dtype) else 0.0,
+        "bf16": {"enabled": dtype == "bf16"},
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": False},
+        "steps_per_print": 1 << 60,
+    }
+
+
+def _wrapped(stage: int, dtype: str) -> bool:
+    """Whether DeepSpeed puts its own optimizer around ours."""
+    return stage > 0 or dtype == "bf16"
+
+
+def sharded_loading(stage: int, dtype: str) -> AbstractContextManager[object]:
+    """While this context lives, from_pretrained gives each rank its shard of the weights only (stage 3)."""
+    return _KeptConfig(settings(stage, dtype, 1.0)) if stage == 3 else nullcontext()
+
+
+class _KeptConfig(AbstractContextManager[object]):
+    """transformers holds its DeepSpeed config by a weak reference, so somebody must own it while loading."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = config
+        self._kept: HfDeepSpeedConfig | None = None
+
+    def __enter__(self) -> object:
+        self._kept = HfDeepSpeedConfig(self._config)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kept = None
+
+
+class ZeroEngine:
+    """A model under training, its state sharded over the ranks of the default process group.
+
+    Args:
+        model: parameters with requires_grad are trained.
+        stage: 0 to 3.
+        dtype: `fp32` or `bf16`.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: OptimizerConfig, stage: int, dtype: str) -> None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._adamw = torch.optim.AdamW(
+            trained,
+            lr=optimizer.learning_rate,
+            betas=optimizer.betas,
+            eps=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay,
+        )
+        self._clip_norm = optimizer.clip_norm
+        self._stage = stage
+        self._wrapped = _wrapped(stage, dtype)
+        self.engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=self._adamw,
+            config=settings(stage, dtype, optimizer.clip_norm),
+            dist_init_required=False,
+        )
+        if isinstance(self._optimizer, FP16_UnfusedOptimizer):
+            # DeepSpeed makes the moments by a step on zero gradients, which would leave AdamW's count one too high.
+            self._set_updates(0)
+        self.device: torch.device = self.engine.device
+        self.world_size: int = self.engine.dp_world_size
+
+    @property
+    def module(self) -> nn.Module:
+        """The model; under stage 3 its parameters are shards outside of a forward pass."""
+        module: nn.Module = self.engine.module
+        return module
+
+    def accumulate(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of one micro-batch.
+
+        Args:
+            loss: this rank's share of the step's loss: the step's loss is the SUM over ranks and micro-batches.
+            last: whether it is this rank's last micro-batch of the step (all ranks agree).
+        """
+        self.engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks; the product makes it the sum.
+        self.engine.backward(loss * self.world_size, scale_wrt_gas=False)
+        if not last:
+            self.engine.step()
+
+    def step(self, learning_rate: float) -> float:
+        """Clip, update, forget the gradients. Returns the gradient's global norm before clipping."""
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        norm: Any = None
+        if not self._wrapped:
+            trained = [parameter for group in self._adamw.param_groups for parameter in group["params"]]
+            norm = torch.nn.utils.clip_grad_norm_(trained, self._clip_norm)
+        self.engine.step()
+        return float(norm if norm is not None else self.engine.get_global_grad_norm())
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Trained parameters by name, in an order that all ranks share."""
+        return ((name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad)
+
+    def whole(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+        """Inside, these parameters are whole on every rank. A collective under stage 3."""
+        context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3)
+        return context
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """The fp32 weight of a trained parameter, whole, on the host. A collective from stage 1 on."""
+        return self._weight(parameter).detach().to("cpu", torch.float32, copy=True)
+
+    def _weight(self, parameter: nn.Parameter) -> Tensor:
+        if self._stage:
+            return _present(safe_get_full_fp32_param(parameter))
+        return self._master(parameter)
+
+    def _master(self, parameter: nn.Parameter) -> Tensor:
+        """Stage 0: the fp32 tensor that AdamW updates."""
+        if not isinstance(self._optimizer, FP16_UnfusedOptimizer):
+            return parameter
+        for held, masters in zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True):
+            for low, master in zip(held, masters, strict=True):
+                if low is parameter:
+                    return torch.as_tensor(master)
+        raise AssertionError("a trained parameter has no fp32 copy")
+
+    def state(self, parameter: nn.Parameter) -> State:
+        """A trained parameter's weight and moments, whole, on the host. A collective from stage 1 on."""
+        if self._stage:
+            moments = {name: _present(safe_get_full_optimizer_state(parameter, name)) for name in MOMENTS}
+        else:
+            moments = {name: self._adamw.state[self._master(parameter)][name] for name in MOMENTS}
+        whole = {"weight": self._weight(parameter), **moments}
+        return {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in whole.items()}
+
+    def updates(self) -> int:
+        """How many updates AdamW has made: its bias correction depends on it."""
+        return int(next(iter(self._adamw.state.values()))["step"])
+
+    def restore_moments(self, states: Mapping[str, State], updates: int) -> None:
+        """Put back AdamW's moments and count. The weights must have been put back before this engine was made.
+
+        The optimizer must already hold (any) moments: take one step at rate 0 first.
+        """
+        for name, parameter in self.trained():
+            for moment in MOMENTS:
+                value = states[name][moment].to(self.device)
+                if self._stage:
+                    safe_set_full_optimizer_state(parameter, value, moment)
+                else:
+                    self._adamw.state[self._master(parameter)][moment].copy_(value)
+        self._set_updates(updates)
+
+    def _set_updates(self, updates: int) -> None:
+        for state in self._adamw.state.values():
+            state["step"] = torch.full_like(torch.as_tensor(state["step"]), updates)
+
+
+def put_weights(model: nn.Module, states: Mapping[str, State], stage: int) -> None:
+    """Set the trained weights of a model that no engine holds yet; shards (stage 3) take their part."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=stage == 3), torch.no_grad():
+                if parameter.numel():
+                    parameter.copy_(states[name]["weight"])
+
+
+def _present(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise AssertionError("DeepSpeed holds no state for a trained parameter")
+    return tensor

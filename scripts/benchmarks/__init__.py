@@ -1,0 +1,7 @@
+"""Benchmarks: Luthier beside the alternatives, on this machine, in paired runs. `scripts/bench NAME`.
+
+train      fine-tuning: a whole job's steps beside TRL's SFTTrainer and beside a bare torch + peft loop
+report     what every benchmark prints: a table, or one JSON object
+workload   the model and the chat rows that `train` uses, made from nothing
+peers/     the other contestants; each runs in a process of its own, TRL in an environment of its own
+"""

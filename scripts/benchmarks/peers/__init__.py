@@ -1,0 +1,1 @@
+"""The other contestants. They import nothing of Luthier."""

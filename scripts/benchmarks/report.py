@@ -1,0 +1,99 @@
+"""What a benchmark prints: a table for people, or one JSON object for scripts.
+
+    {"trl": {"ours": …, "peer": …, "ratio": …, "unit": …, …}, …, "machine": …, "commit": …, "date": …}
+
+Contestants take turns, so a round is a pair: what else the machine does meets both. A ratio is that of the medians;
+beside it stand the smallest and largest ratio of any round, which say how far to trust it.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One comparison. `ours` and `peer` hold a figure per round, paired; more is better.
+
+    `notes` are further figures for the JSON object alone.
+    """
+
+    name: str
+    unit: str
+    ours: Sequence[float]
+    peer: Sequence[float]
+    notes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        return median(self.ours) / median(self.peer)
+
+    @property
+    def ratios(self) -> list[float]:
+        """The ratio of each round."""
+        return [ours / peer for ours, peer in zip(self.ours, self.peer, strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "ours": round(median(self.ours), 3),
+            "peer": round(median(self.peer), 3),
+            "ratio": round(self.ratio, 3),
+            "unit": self.unit,
+            "ratio_min": round(min(self.ratios), 3),
+            "ratio_max": round(max(self.ratios), 3),
+            "rounds": len(self.ours),
+            **{name: float(f"{value:.4g}") for name, value in self.notes.items()},
+        }
+
+
+def show(title: str, measures: Sequence[Measure], as_json: bool) -> None:
+    """Print the measures with machine, commit and date."""
+    where = {"machine": machine(), "commit": commit(), "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+    if as_json:
+        print(json.dumps({measure.name: measure.to_dict() for measure in measures} | where))
+        return
+    table = Table(title=title, caption=" · ".join(where.values()), title_justify="left", caption_justify="left")
+    table.add_column("beside")
+    for heading in ("ours", "peer", "ratio", "lowest", "highest", "rounds"):
+        table.add_column(heading, justify="right")
+    table.add_column("unit")
+    for measure in measures:
+        figures = (median(measure.ours), median(measure.peer))
+        ratios = (measure.ratio, min(measure.ratios), max(measure.ratios))
+        table.add_row(
+            measure.name,
+            *(f"{figure:,.1f}" for figure in figures),
+            *(f"{ratio:.2f}" for ratio in ratios),
+            str(len(measure.ours)),
+            measure.unit,
+        )
+    Console(highlight=False).print(table)
+
+
+def machine() -> str:
+    """The processor's name and the cores that this process may use."""
+    name = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        models = (line for line in information.read_text().splitlines() if line.startswith("model name"))
+        name = next(models, f": {name}").partition(":")[2].strip()
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
+def commit() -> str:
+    """The checkout's commit, marked when files differ from it."""
+    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"

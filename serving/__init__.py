@@ -1,0 +1,19 @@
+"""Serving: one base model, every published adapter, OpenAI's API. Never imports jobs; no torch outside engine/.
+
+    client → ingress → Serve's router → replica → adapter cache → engine (mixed batch) → tokens
+
+config     what `configs/serving/NAME.yaml` holds
+protocol   OpenAI's requests and answers, and errors as HTTP (pure)
+resolver   `model` in a request → the base or an adapter version; aliases are live
+calls      what the ingress asks of a replica, and what comes back
+ingress    the HTTP side: routes, streaming, headers
+replica    one engine with its tokenizer and adapters, as a Serve deployment
+prompts    messages or text → token ids, by the model's own chat template
+adapters   which adapters are in the engine: single-flight loads, reference counts, eviction
+downloads  verified adapter files on this node, under a byte budget
+scrape     /metrics of the whole cluster
+app        the Serve application made of the above
+deploy     putting it on a Ray cluster, and waiting until it answers
+cli        `luthier serving`
+engine/    tokens in, tokens out; knows nothing of the rest
+"""

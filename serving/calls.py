@@ -1,0 +1,65 @@
+"""What the ingress asks of a replica, and what comes back. Plain data that survives a Ray hop."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.records import AdapterRecord, BaseModelRef
+from serving.engine.protocol import SamplingParams, TokenEvent
+
+Message = dict[str, Any]
+Prompt = str | tuple[int, ...] | tuple[Message, ...]
+"""Text as it stands, token ids, or a chat for the model's template."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One HTTP request: `n` answers to each prompt, all from the same weights.
+
+    Choice `p * n + i` is the i-th answer to prompt p, as OpenAI numbers them. `max_tokens` None means: up to
+    the end of the context; `params.max_tokens` is then without meaning. `adapter` None is the base model.
+    With `stream` False everything arrives in one piece at the end, which spares one Ray message per token.
+    """
+
+    id: str
+    base: BaseModelRef  # what the ingress serves; a replica of another, in the middle of an update, refuses
+    prompts: tuple[Prompt, ...]
+    adapter: AdapterRecord | None
+    n: int
+    params: SamplingParams
+    max_tokens: int | None
+    stream: bool
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """First of the answer: every choice is in the engine, so the HTTP status can be sent."""
+
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class ChoiceEvent:
+    """One engine event of one choice."""
+
+    index: int
+    event: TokenEvent
+
+
+@dataclass(frozen=True)
+class ReplicaStatus:
+    """What a replica says about itself to `luthier serving status` and to tests."""
+
+    replica: str
+    alive: bool
+    adapters: tuple[str, ...]  # name@version of what is loaded, in the order of loading
+    requests: int
+    steps: int
+    mixed_steps: int
+    max_adapters_in_step: int
+    prompt_tokens: int
+    generated_tokens: int
+    cancelled: int
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int

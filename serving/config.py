@@ -1,0 +1,96 @@
+"""WHAT is served and how: the schema of `configs/serving/NAME.yaml`. Defaults live here and nowhere else."""
+
+from typing import Annotated
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from cluster import keys
+from cluster.config import Config, Reference
+from cluster.models import ModelConfig
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+class EngineConfig(Config):
+    """The native engine of each replica: what bounds its batches and its memory."""
+
+    max_adapters: PositiveInt = Field(16, description="adapters in the engine at once; others replace idle ones")
+    max_rank: PositiveInt = Field(64, description="largest LoRA rank that is accepted")
+    max_batch_tokens: PositiveInt = Field(512, description="tokens of one forward pass; long prompts come in chunks")
+    max_running: PositiveInt = Field(64, description="sequences that generate at once")
+    max_waiting: PositiveInt = Field(256, description="sequences that wait in the engine before it answers 429")
+    kv_tokens: PositiveInt = Field(16384, description="tokens that all running sequences hold together")
+    max_context: PositiveInt | None = Field(None, description="prompt and answer, in tokens; not set: the model's own")
+    default_max_tokens: PositiveInt = Field(
+        1024, description="answer length of a chat request that gives none; memory is reserved for all of it"
+    )
+    threads: PositiveInt = Field(1, description="torch threads of a replica")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "EngineConfig":
+        if self.max_running > self.max_batch_tokens:
+            raise ValueError(
+                f"max_running {self.max_running} is more than max_batch_tokens {self.max_batch_tokens}: "
+                "each running sequence takes one token of a forward pass"
+            )
+        return self
+
+
+class ReplicaConfig(Config):
+    """How many replicas, when to add one, and what each takes of a node."""
+
+    min: NonNegativeInt = Field(1, description="replicas kept even when idle; 0 scales to zero")
+    max: PositiveInt = Field(1, description="replicas at most")
+    target_ongoing: PositiveFloat = Field(16.0, description="requests per replica that autoscaling aims at")
+    max_ongoing: PositiveInt = Field(64, description="requests a replica works on; further ones queue in front of it")
+    max_queued: PositiveInt = Field(256, description="requests that queue in front of the replicas before 429")
+    upscale_delay_s: NonNegativeFloat = Field(10.0, description="how long demand must last before a replica is added")
+    downscale_delay_s: NonNegativeFloat = Field(300.0, description="how long it must be low before one is removed")
+    drain_timeout_s: PositiveFloat = Field(600.0, description="how long a leaving replica may finish its streams")
+    max_surge_percent: Annotated[int, Field(ge=0, le=100)] = Field(
+        100, description="replicas that an update starts before it stops old ones; 0 where there is no room for more"
+    )
+    cpus: PositiveFloat = Field(1.0, description="CPUs that Ray reserves for a replica")
+    gpus: NonNegativeFloat = Field(0.0, description="GPUs that Ray reserves for a replica")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ReplicaConfig":
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}")
+        if self.target_ongoing > self.max_ongoing:
+            raise ValueError(f"target_ongoing {self.target_ongoing} is more than max_ongoing {self.max_ongoing}")
+        return self
+
+
+class HttpConfig(Config):
+    """The HTTP side. Host and port belong to Ray Serve, so all applications of a cluster share them."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; there is no authentication yet, keep it private")
+    port: Port = Field(8000, description="TCP port")
+    ingresses: PositiveInt = Field(1, description="processes that parse and stream")
+    cpus: NonNegativeFloat = Field(0.0, description="CPUs that Ray reserves for each of them")
+
+
+class AdaptersConfig(Config):
+    """Where adapters come from and how fresh their names are."""
+
+    alias_refresh_s: PositiveFloat = Field(2.0, description="a moved alias, and a new name, are live within this time")
+    disk_max_bytes: PositiveInt = Field(20 * 2**30, description="downloaded adapters kept on a node; oldest use goes")
+
+
+class ServingConfig(Config):
+    """One base model with its adapters behind one HTTP endpoint."""
+
+    name: str = Field(description="of the Serve application; deploying the same name again updates it")
+    model: Annotated[ModelConfig, Reference("models")]
+    store: str = Field(description="s3://bucket/prefix or file:///folder, where adapters are published")
+    engine: EngineConfig = EngineConfig()
+    replicas: ReplicaConfig = ReplicaConfig()
+    http: HttpConfig = HttpConfig()
+    adapters: AdaptersConfig = AdaptersConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "ServingConfig":
+        if not keys.is_name(self.name):
+            raise ValueError(f"name {self.name!r}: use lower case letters, digits, '.', '_' and '-'")
+        return self

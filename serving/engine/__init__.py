@@ -1,0 +1,15 @@
+"""The engine: tokens for many requests, and many adapters, from one base model in one forward pass.
+
+    protocol    what an engine is; requests, parameters, events (no torch)
+    native      our engine: a thread around the core, streams for asyncio
+    core        the engine without its thread: plan, execute, commit
+    scheduler   who is in the next step, with how many tokens
+    model       the base model and its one packed forward pass
+    attention   attention over a packed row, from the paged pool
+    kv          the pool: blocks and the tensors behind them
+    adapter     reads and checks a peft LoRA folder
+    lora        linear layers that mix adapters row by row
+    sampling    logits → token        text    tokens → text that may be shown
+
+Import what you need from its module; this package imports nothing, so that protocol stays free of torch.
+"""

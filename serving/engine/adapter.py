@@ -1,0 +1,186 @@
+"""Reads a peft LoRA adapter folder, and refuses by name whatever the engine would have to ignore or get wrong.
+
+    folder/adapter_config.json         what peft's LoraConfig says
+    folder/adapter_model.safetensors   base_model.model.<module path>.lora_A.weight [r, in] and .lora_B.weight [out, r]
+
+The update of a module is  y += scaling · B A x,  with scaling = alpha / r, or alpha / √r for rank-stabilised LoRA
+(Kalajdzievski 2023, arXiv:2312.03732); it is folded into B here, in float32. Which modules are adapted is read off the
+tensors that are there, so every way of naming targets (list, pattern, "all-linear") comes to the same.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from cluster.errors import AdapterRefused
+
+_PREFIX = "base_model.model."
+_TENSOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+
+# Settings that the arithmetic above uses, and those that only matter to training or book-keeping. Any other setting
+# changes what the adapter computes (use_dora, lora_bias, layer_replication, whatever peft adds next), so it must be
+# off: empty, false or absent.
+_USED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "peft_type", "init_lora_weights", "bias"}
+_WITHOUT_EFFECT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+}
+# Initialisations that leave the base model's weights alone. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) rewrite the
+# base for their one adapter, so an adapter saved in their raw form cannot share it.
+_INIT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One module's update: `a` [r, in] and `b` [out, r], the scaling folded into `b`."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checked adapter on the engine's device: its updates by module path."""
+
+    digest: str
+    pairs: Mapping[str, LoraPair]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the base offers: the (out, in) shapes of the modules that may be adapted, and where and how to compute."""
+
+    shapes: Mapping[str, tuple[int, int]]
+    max_rank: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def read_adapter(digest: str, folder: Path, target: Target) -> Adapter:
+    """Read, check and place an adapter. Raises AdapterRefused, naming the setting or tensor and the reason."""
+    config = _read_config(folder)
+    tensors = _read_tensors(folder)
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _TENSOR.match(name)
+        if match is None:
+            raise AdapterRefused(
+                f"{folder}: tensor {name} is not a LoRA matrix of a linear layer; the engine serves plain LoRA only "
+                "(no embeddings, magnitudes, biases or saved modules)"
+            )
+        sides.setdefault(match["module"], {})[match["side"]] = tensor
+    if not sides:
+        raise AdapterRefused(f"{folder}: the adapter holds no tensors")
+    pairs = {module: _pair(folder, module, pair, config, target) for module, pair in sides.items()}
+    return Adapter(digest, pairs)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise AdapterRefused(f"{path} is missing; a peft adapter folder holds it") from None
+    except ValueError as error:
+        raise AdapterRefused(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise AdapterRefused(f"{path}: peft_type is {kind!r}; the engine serves LORA")
+    if config.get("bias", "none") != "none":
+        raise AdapterRefused(
+            f"{path}: bias is {config['bias']!r}: a bias trained with the adapter; train with bias none"
+        )
+    if config.get("init_lora_weights", True) not in _INIT_KEEPS_BASE:
+        raise AdapterRefused(
+            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base model's weights; "
+            "save it with path_initial_model_for_weight_conversion so that it becomes plain LoRA"
+        )
+    for key, value in config.items():
+        if key not in _USED | _WITHOUT_EFFECT and value:
+            raise AdapterRefused(
+                f"{path}: {key} is {value!r}, which plain LoRA does not have; serve it merged into its own base, or "
+                f"train without {key}"
+            )
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), (int, float)) or isinstance(config[key], bool) or config[key] <= 0:
+            raise AdapterRefused(f"{path}: {key} is {config.get(key)!r}; it must be a number above 0")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / "adapter_model.safetensors"
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise AdapterRefused(f"{path} is missing; save the adapter with save_pretrained (safetensors)") from None
+    except SafetensorError as error:
+        raise AdapterRefused(f"{path} is damaged: {error}") from None
+
+
+def _pair(
+    folder: Path, module: str, sides: Mapping[str, torch.Tensor], config: Mapping[str, Any], target: Target
+) -> LoraPair:
+    name = f"{_PREFIX}{module}.lora_"
+    if module not in target.shapes:
+        raise AdapterRefused(
+            f"{folder}: tensor {name}{min(sides)}.weight adapts {module}, which is not a linear layer of this base's "
+            "decoder; is it an adapter of another base?"
+        )
+    if set(sides) != {"A", "B"}:
+        missing = ({"A", "B"} - set(sides)).pop()
+        raise AdapterRefused(f"{folder}: tensor {name}{missing}.weight is missing beside its other half")
+    rank = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
+    alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    if rank > target.max_rank:
+        raise AdapterRefused(
+            f"{folder}: {module} has rank {rank}, above this engine's max_rank of {target.max_rank}; raise max_rank"
+        )
+    out_features, in_features = target.shapes[module]
+    for side, expected in (("A", (rank, in_features)), ("B", (out_features, rank))):
+        if tuple(sides[side].shape) != expected:
+            raise AdapterRefused(
+                f"{folder}: tensor {name}{side}.weight has shape {tuple(sides[side].shape)}, expected {expected}"
+            )
+    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    a = sides["A"].to(target.device, target.dtype)
+    b = (sides["B"].float() * scaling).to(target.device, target.dtype)
+    for side, tensor in (("A", a), ("B", b)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterRefused(
+                f"{folder}: tensor {name}{side}.weight has values that are not finite in {target.dtype}"
+            )
+    return LoraPair(a, b)
+
+
+def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    """peft's rule: the first pattern that matches the end of the path, whole components only."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

@@ -1,0 +1,197 @@
+"""The engine without its thread: sequences in, one step at a time, events out.
+
+    plan()             who runs next            owner's lock held, no tensors
+    execute(chunks)    forward pass, sampling   no lock; the scheduler may take new requests meanwhile
+    commit(choices)    events, finished, freed  owner's lock held
+
+`native.py` calls the three from its thread; a test calls `step()` and sees every interleaving it wants, repeatably.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from cluster.errors import RequestError, UnknownModel
+from serving.engine.adapter import Adapter, Target
+from serving.engine.model import PackedModel
+from serving.engine.protocol import EngineStats, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from serving.engine.sampling import Choice, choose, new_generator
+from serving.engine.scheduler import Chunk, Scheduler, Sequence
+from serving.engine.text import TextStream
+
+Event = tuple[str, TokenEvent]  # request id and what happened to it
+Picks = list[Choice | None]  # one for each chunk that samples, in the chunks' order; None: the logits were not finite
+
+
+@dataclass
+class _Live:
+    """What a sequence carries besides its place in the schedule."""
+
+    sequence: Sequence
+    generator: torch.Generator
+    text: TextStream
+
+
+class EngineCore:
+    """All state of an engine. Not thread-safe; see the module's docstring for who may call what when."""
+
+    def __init__(self, model: PackedModel, scheduler: Scheduler) -> None:
+        self._model = model
+        self._scheduler = scheduler
+        self._live: dict[str, _Live] = {}
+        self._retiring: set[str] = set()
+        self._stats = EngineStats()
+
+    @property
+    def target(self) -> Target:
+        """What an adapter must fit."""
+        return self._model.target
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._live)
+
+    def add(self, request: GenerationRequest) -> None:
+        """Queue a request. Raises RequestError, UnknownModel or Overloaded, and is then as if never called."""
+        if request.id in self._live:
+            raise RequestError(f"request id {request.id} is in use; every running request needs its own")
+        vocabulary = self._model.facts.vocabulary
+        stray = next((each for each in request.prompt_ids if not 0 <= each < vocabulary), None)
+        if stray is not None:
+            raise RequestError(f"prompt token {stray} is not in the model's vocabulary of {vocabulary}")
+        if request.adapter is not None and not self._is_servable(request.adapter):
+            raise UnknownModel(f"adapter {request.adapter} is not loaded in this engine; load it first")
+        sequence = Sequence(request)
+        self._scheduler.add(sequence)
+        text = TextStream(self._model.decode, request.params.stop)
+        self._live[request.id] = _Live(sequence, new_generator(request.params.seed), text)
+        self._stats = replace(self._stats, requests=self._stats.requests + 1)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the next plan. Unknown or ended ids are no error: the end may have crossed the call."""
+        if request_id in self._live:
+            self._live[request_id].sequence.is_cancelled = True
+
+    def load(self, adapter: Adapter) -> bool:
+        """Take an adapter into use between two steps. False while the same one is still being unloaded: try later."""
+        if adapter.digest in self._retiring:
+            return False
+        self._model.table.load(adapter)
+        return True
+
+    def unload(self, digest: str) -> bool:
+        """Refuse new requests for an adapter, and free it if none uses it. False while some do: try later."""
+        if digest not in self._model.table.adapters:
+            return True
+        self._retiring.add(digest)
+        if any(live.sequence.request.adapter == digest for live in self._live.values()):
+            return False
+        self._model.table.unload(digest)
+        self._retiring.discard(digest)
+        return True
+
+    def step(self) -> list[Event]:
+        """One whole step: plan, execute, commit."""
+        chunks, events = self.plan()
+        return events + self.commit(chunks, self.execute(chunks)) if chunks else events
+
+    def plan(self) -> tuple[list[Chunk], list[Event]]:
+        """Drop the cancelled, then choose the next step's chunks."""
+        cancelled = [live.sequence for live in self._live.values() if live.sequence.is_cancelled]
+        events = [self._end(sequence, "cancelled") for sequence in cancelled]
+        return self._scheduler.plan(), events
+
+    def execute(self, chunks: list[Chunk]) -> Picks:
+        """The forward pass, and a choice for every chunk that samples."""
+        logits = self._model.forward(chunks)
+        sampling = [self._live[chunk.sequence.request.id] for chunk in chunks if chunk.samples]
+        return choose(
+            logits, [each.sequence.request.params for each in sampling], [each.generator for each in sampling]
+        )
+
+    def commit(self, chunks: list[Chunk], picks: Picks) -> list[Event]:
+        """Book a step's results: tokens, text, ends."""
+        self._count(chunks)
+        remaining = iter(picks)
+        events = []
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.computed = chunk.end
+            if chunk.samples:
+                choice = next(remaining)
+                if choice is None:
+                    reason = f"the model's logits are not finite with adapter {sequence.request.adapter or '(none)'}"
+                    events.append(self._end(sequence, "error", reason))
+                else:
+                    events.append(self._token(self._live[sequence.request.id], choice))
+        return events
+
+    def fail(self, chunks: list[Chunk], error: Exception) -> list[Event]:
+        """A step broke: end its requests with an error. The others, and the engine, go on."""
+        reason = f"the engine could not compute this step: {type(error).__name__}: {error}"
+        return [self._end(chunk.sequence, "error", reason) for chunk in chunks]
+
+    def close(self, reason: str) -> list[Event]:
+        """End every request with an error."""
+        return [self._end(live.sequence, "error", reason) for live in list(self._live.values())]
+
+    def stats(self) -> EngineStats:
+        """Counters and state."""
+        allocator = self._scheduler.allocator
+        return replace(
+            self._stats,
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            kv_blocks_used=allocator.num_used,
+            kv_blocks_total=allocator.num_blocks,
+            adapters=tuple(self._model.table.adapters),
+        )
+
+    def _is_servable(self, digest: str) -> bool:
+        return digest in self._model.table.adapters and digest not in self._retiring
+
+    def _token(self, live: _Live, choice: Choice) -> Event:
+        sequence, params = live.sequence, live.sequence.request.params
+        sequence.tokens.append(choice.token_id)
+        reason: FinishReason | None = None
+        if choice.token_id in self._model.facts.eos_ids:
+            text, reason = live.text.flush(), "stop"
+        else:
+            text = live.text.push(choice.token_id)
+            if live.text.is_stopped:
+                reason = "stop"
+            elif sequence.num_generated >= params.max_tokens:
+                text, reason = text + live.text.flush(), "length"
+        if reason is not None:
+            self._release(sequence)
+        logprob = None
+        if choice.logprob is not None:
+            logprob = self._logprob(choice.token_id, choice.logprob)
+        top = tuple(self._logprob(each.token_id, each.logprob) for each in choice.top)
+        return sequence.request.id, TokenEvent(choice.token_id, text, logprob, top, reason)
+
+    def _logprob(self, token_id: int, logprob: float) -> TokenLogprob:
+        return TokenLogprob(token_id, self._model.token_text(token_id), logprob)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> Event:
+        """End without a token; what text was held back is given out first."""
+        text = self._live[sequence.request.id].text.flush()
+        self._release(sequence)
+        return sequence.request.id, TokenEvent(None, text, finish_reason=reason, error=error)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._scheduler.finish(sequence)
+        del self._live[sequence.request.id]
+
+    def _count(self, chunks: list[Chunk]) -> None:
+        adapters = {chunk.sequence.request.adapter for chunk in chunks} - {None}
+        prompt = sum(max(0, min(chunk.end, len(chunk.sequence.request.prompt_ids)) - chunk.start) for chunk in chunks)
+        self._stats = replace(
+            self._stats,
+            steps=self._stats.steps + 1,
+            prompt_tokens=self._stats.prompt_tokens + prompt,
+            generated_tokens=self._stats.generated_tokens + sum(chunk.samples for chunk in chunks),
+            mixed_steps=self._stats.mixed_steps + (len(adapters) > 1),
+            max_adapters_in_step=max(self._stats.max_adapters_in_step, len(adapters)),
+        )

@@ -1,0 +1,31 @@
+"""`scripts/bench train` works and says what DESIGN.md promises. Its figures are for people: no test looks at them."""
+
+import json
+import subprocess
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+BENCH = REPOSITORY / "scripts" / "bench"
+
+
+def test_train_prints_one_json_object_with_its_measures() -> None:
+    finished = subprocess.run([BENCH, "train", "--quick", "--json"], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    said = json.loads(finished.stdout)
+    wanted = {"bare_loop"} | ({"trl"} if (REPOSITORY / ".venv-trl" / "requirements-trl.txt").exists() else set())
+    assert set(said) == wanted | {"machine", "commit", "date"}
+    for name in wanted:
+        figures = said[name]
+        assert figures["unit"] == "tokens per CPU-second"
+        assert figures["ours"] > 0
+        assert figures["ratio"] == round(figures["ours"] / figures["peer"], 3) or figures["rounds"] == 1
+        assert figures["ratio_min"] <= figures["ratio"] <= figures["ratio_max"]
+    assert 0 <= said["bare_loop"]["loss_difference_max"] <= 1e-3
+
+
+def test_alone_it_lists_the_benchmarks_and_an_unknown_one_is_refused() -> None:
+    alone = subprocess.run([BENCH], capture_output=True, text=True, check=True)
+    assert "train" in [line.split()[0] for line in alone.stdout.splitlines()]
+    unknown = subprocess.run([BENCH, "../train"], capture_output=True, text=True, check=False)
+    assert unknown.returncode == 2
+    assert "no benchmark '../train'" in unknown.stderr

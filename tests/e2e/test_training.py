@@ -1,0 +1,207 @@
+"""The training half of the loop on real parts: `ray job submit`, separate Ray nodes, DeepSpeed, a real S3 server."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cluster import keys, records, registry
+from cluster.models import ModelConfig, fetch
+from cluster.nodes import LocalCluster
+from cluster.records import BaseModelRef, CheckpointManifest, RunRecord
+from cluster.store import Store, open_store
+from jobs.progress import StepRecord, read_steps
+from scripts.demo import tasks
+from tests.conftest import TinyModels
+from tests.e2e.submit import ROOT, Submitted, command_line, submit, train, write_recipe, write_rows
+from tests.servers import S3Server
+
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 chats of the quickstart's own text."""
+    folder = tmp_path_factory.mktemp("rows")
+    return write_rows(folder / "orders.jsonl", list(tasks.rows("orders-json", "train"))[:300])
+
+
+@pytest.fixture(scope="module")
+def store(s3: S3Server) -> Iterator[Store]:
+    """A store on the S3 server that the cluster's nodes use too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.env.items():
+            patch.setenv(name, value)
+        yield open_store(f"s3://{s3.bucket}/training")
+
+
+@pytest.fixture(scope="module")
+def pair(
+    ray_cluster: LocalCluster,
+    tiny_models: TinyModels,
+    rows: Path,
+    store: Store,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same recipe on one worker with ZeRO-0, and on two workers on two nodes with ZeRO-3."""
+    recipe = write_recipe(tmp_path_factory.mktemp("pair"), tiny_models["qwen3"], [rows], name="pair", store=store.url)
+    one = train(ray_cluster, recipe, "train.workers=1", "train.zero=0", "checkpoint.every_steps=4")
+    two = train(ray_cluster, recipe, "train.workers=2", "train.zero=3", "train.micro_batch=2")
+    return one.result, two.result
+
+
+def losses(store: Store, result: dict[str, Any]) -> list[float]:
+    return [step["loss"] for step in read_steps(store, result["run_id"])]
+
+
+def test_one_worker_and_two_sharded_ones_train_alike(pair: tuple[Any, Any], store: Store) -> None:
+    one, two = (losses(store, result) for result in pair)
+    assert len(one) == len(two) == 8
+    assert one == pytest.approx(two, abs=1e-3)
+    assert one[-1] < 0.8 * one[0]
+
+
+def test_the_records_say_what_happened(pair: tuple[Any, Any], store: Store) -> None:
+    one, two = pair
+    assert one["state"] == "succeeded"
+    assert (one["step"], one["store"]) == (8, store.url)
+    assert {one["adapter"], two["adapter"]} == {"pair@1", "pair@2"}
+    run = records.read(store, keys.run_record(one["run_id"]), RunRecord)
+    assert run.recipe["train"]["workers"] == 1
+    steps = list(read_steps(store, two["run_id"]))
+    assert [step["step"] for step in steps] == list(range(8))
+    assert set(steps[0]) == set(StepRecord.__dataclass_fields__)
+    assert steps[-1]["world_size"] == 2
+    assert all(step["supervised_tokens"] < step["tokens"] for step in steps)
+    for step in (4, 8):
+        manifest = records.read(store, keys.checkpoint_manifest(one["run_id"], step), CheckpointManifest)
+        for file in manifest.files:
+            data = store.get(keys.checkpoint_prefix(one["run_id"], step) + file.file)
+            assert len(data) == file.size
+
+
+def test_plain_peft_loads_what_was_published_and_answers_as_the_trainer(
+    pair: tuple[Any, Any], store: Store, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    for result in pair:
+        record = registry.resolve(store, result["adapter"])
+        folder = tmp_path / str(record.version)
+        records.fetch_files(store, keys.adapter_version_prefix(record.name, record.version), record.files, folder)
+        base = AutoModelForCausalLM.from_pretrained(tiny_models["qwen3"])
+        adapted = peft.PeftModel.from_pretrained(base, folder)
+        probe = load_file(folder / "probe.safetensors")
+        with torch.no_grad():
+            logits = adapted(input_ids=probe["input_ids"]).logits[0, -1]
+            with adapted.disable_adapter():
+                plain = adapted(input_ids=probe["input_ids"]).logits[0, -1]
+        torch.testing.assert_close(logits, probe["logits"], atol=1e-4, rtol=0)
+        assert (logits - plain).abs().max() > 0.1
+        assert "apache-2.0" in (folder / "NOTICE").read_text()
+    state = registry.alias_state(store, "pair")
+    assert state
+    assert state.stable == 2
+
+
+def test_a_full_fine_tune_is_a_standard_folder(
+    ray_cluster: LocalCluster, tiny_models: TinyModels, rows: Path, tmp_path: Path
+) -> None:
+    url = f"file://{tmp_path}/store"
+    recipe = write_recipe(tmp_path, tiny_models["qwen3"], [rows], name="whole", store=url, method="{kind: full}")
+    result = train(ray_cluster, recipe, "train.workers=2", "train.zero=2").result
+    name, _, revision = result["adapter"].partition("@")
+    described = ModelConfig(
+        name=name, source="store", revision=revision, licence="apache-2.0", dtype="fp32", shape=None
+    )
+    folder = fetch(described, BaseModelRef(name=name, revision=revision, licence=""), open_store(url))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before = AutoModelForCausalLM.from_pretrained(tiny_models["qwen3"])
+    ids = tokenizer("Please send three red lamps to Mira in Oslo.", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert (model(ids).logits - before(ids).logits).abs().max() > 0.1
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+
+
+def test_a_killed_worker_costs_a_checkpoint_interval_and_nothing_else(
+    ray_cluster: LocalCluster, tiny_models: TinyModels, rows: Path, tmp_path: Path
+) -> None:
+    url = f"file://{tmp_path}/store"
+    recipe = write_recipe(tmp_path, tiny_models["qwen3"], [rows], name="killed", store=url)
+    overrides = ("train.steps=40", "checkpoint.every_steps=5", "train.workers=2", "train.zero=1")
+    calm = train(ray_cluster, recipe, *overrides).result
+    output = []
+    killed = False
+    with subprocess.Popen(
+        command_line("python", "-m", "jobs.train", str(recipe), *overrides),
+        cwd=ROOT,
+        env=ray_cluster.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as job:
+        assert job.stdout
+        for line in job.stdout:
+            output.append(line)
+            if not killed and line.startswith("step "):
+                os.kill(ray_cluster.worker_pids("RayTrainWorker")[0], signal.SIGKILL)
+                killed = True
+        assert killed, "".join(output)
+        hit = Submitted(job.wait(), "".join(output)).result
+    store = open_store(url)
+    assert [step["step"] for step in read_steps(store, hit["run_id"])] == list(range(40))
+    assert losses(store, hit) == pytest.approx(losses(store, calm), abs=1e-5)
+
+
+@pytest.mark.skipif(not SHARED_DATA.exists(), reason="the folder of real data sets is not beside this checkout")
+@pytest.mark.parametrize(
+    ("file", "count"),
+    [("alpaca_en_demo.json", 999), pytest.param("glaive_toolcall_en_demo.json", 300, marks=pytest.mark.long)],
+)
+def test_a_real_data_set_in_full(
+    ray_cluster: LocalCluster, tiny_models: TinyModels, tmp_path: Path, file: str, count: int
+) -> None:
+    url = f"file://{tmp_path}/store"
+    recipe = write_recipe(
+        tmp_path, tiny_models["qwen3"], [SHARED_DATA / file], name="real", store=url, sequence_length=16384
+    )
+    whole = ("train.steps=null", "train.epochs=1", "train.global_batch=2")
+    one = train(ray_cluster, recipe, *whole, "train.workers=1", "train.zero=0").result
+    two = train(ray_cluster, recipe, *whole, "train.workers=2", "train.zero=3").result
+    store = open_store(url)
+    history = losses(store, one)
+    assert history == pytest.approx(losses(store, two), abs=1e-3)
+    assert history[-1] < history[0] - 0.2
+    assert list(read_steps(store, one["run_id"]))[-1]["samples_seen"] == count
+
+
+def test_an_adapter_that_learned_nothing_is_refused_once(
+    ray_cluster: LocalCluster, tiny_models: TinyModels, rows: Path, tmp_path: Path
+) -> None:
+    url = f"file://{tmp_path}/store"
+    recipe = write_recipe(tmp_path, tiny_models["qwen3"], [rows], name="nothing", store=url)
+    done = train(ray_cluster, recipe, "optimizer.learning_rate=1e-30", "train.steps=2", "train.workers=2")
+    assert done.code == 1
+    assert "adapter nothing leaves the base model's logits as they were: it learned nothing" in done.output
+    assert "exit code 1" in done.output
+    store = open_store(url)
+    assert registry.names(store) == []
+    assert not list(store.list(keys.aliases_prefix("nothing")))
+    (run_id,) = {item.key.split("/")[1] for item in store.list(keys.runs_prefix())}
+    assert [step["step"] for step in read_steps(store, run_id)] == [0, 1]
+    assert all(part.key.endswith("-000.jsonl") for part in store.list(keys.metrics_prefix(run_id)))
+
+
+def test_the_submitted_job_says_what_is_wrong_and_exits_2(ray_cluster: LocalCluster, tmp_path: Path) -> None:
+    """Through the real CLI: the job fails with the message in its log. `ray job submit` itself exits 1."""
+    done = submit(ray_cluster, "python", "-m", "jobs.train", str(tmp_path / "none.yaml"))
+    assert done.code == 1
+    assert "none.yaml: no such file" in done.output
+    assert "exit code 2" in done.output

@@ -1,0 +1,96 @@
+"""One rank of test_zero.py: trains a tiny model at every ZeRO stage, with and without a break in the middle.
+
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=… python -m tests.jobs.zero_rank MODEL dtype lora|full OUT.pt
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jobs.driver import prepare_environment
+
+prepare_environment("cpu")
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from jobs.config import FullConfig, LoraConfig, OptimizerConfig
+from jobs.lora import prepare
+from jobs.model import load_model
+from jobs.objectives import PackedRow, summed_cross_entropy, supervised_logits
+from jobs.zero import State, ZeroEngine, put_weights, sharded_loading
+
+STEPS, BREAK_AT, PACKS = 5, 3, 4
+LENGTHS = [7, 9, 16, 12]
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
+
+
+def rows(step: int) -> Iterator[PackedRow]:
+    """The packs of a step, the same on every rank."""
+    generator = torch.Generator().manual_seed(step)
+    for _ in range(PACKS):
+        tokens = torch.randint(0, 200, (sum(LENGTHS),), generator=generator)
+        positions = torch.cat([torch.arange(length) for length in LENGTHS])
+        predicts = torch.arange(0, sum(LENGTHS) - 1, 3)
+        yield PackedRow(tokens[None], positions[None], LENGTHS, predicts, tokens[predicts + 1], 0, 1.0)
+
+
+def make(folder: Path, dtype: str, kind: str, stage: int, states: dict[str, State] | None = None) -> ZeroEngine:
+    method = LoraConfig(kind="lora", rank=4) if kind == "lora" else FullConfig(kind="full")
+    model = prepare(load_model(folder, dtype, sharded_loading(stage, dtype)), method, seed=0)
+    if states:
+        put_weights(model, states, stage)
+    return ZeroEngine(model, OPTIMIZER, stage, dtype)
+
+
+def train(engine: ZeroEngine, first: int, last: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step."""
+    engine.module.train()
+    history = []
+    for step in range(first, last):
+        mine = list(rows(step))[dist.get_rank() :: dist.get_world_size()]
+        total = torch.zeros(())
+        for index, row in enumerate(mine):
+            loss = summed_cross_entropy(supervised_logits(engine.engine, row), row.targets) / (PACKS * len(row.targets))
+            engine.accumulate(loss, last=index == len(mine) - 1)
+            total += loss.detach()
+        norm = engine.step(1e-2)
+        dist.all_reduce(total)
+        history.append((total.item(), norm))
+    return history
+
+
+def broken(folder: Path, dtype: str, kind: str, stage: int) -> list[tuple[float, float]]:
+    """The same run, its state taken out in the middle and put into a new engine."""
+    engine = make(folder, dtype, kind, stage)
+    history = train(engine, 0, BREAK_AT)
+    states = {name: engine.state(parameter) for name, parameter in engine.trained()}
+    updates = engine.updates()
+    again = make(folder, dtype, kind, stage, states)
+    again.module.train()
+    again.accumulate(supervised_logits(again.engine, next(rows(0))).sum() * 0.0, last=True)
+    again.step(0.0)
+    again.restore_moments(states, updates)
+    return history + train(again, BREAK_AT, STEPS)
+
+
+def main() -> None:
+    folder, dtype, kind, out = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
+    found: dict[int, dict[str, Any]] = {}
+    for stage in (0, 1, 2, 3):
+        engine = make(folder, dtype, kind, stage)
+        history = train(engine, 0, STEPS)
+        weights = {name: engine.weight(parameter) for name, parameter in engine.trained()}
+        found[stage] = {"history": history, "weights": weights, "broken": broken(folder, dtype, kind, stage)}
+    if dist.get_rank() == 0:
+        torch.save(found, out)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,416 @@
+"""The adapter cache and the downloads below it, against an engine in memory that notices every misuse, and a real one.
+
+The engine in memory refuses a load beyond its slots and an unload of what is in use, and lets a test hold a load open:
+the orders of events that matter are made, not waited for.
+"""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from cluster import keys, registry
+from cluster.errors import AdapterRefused, ObjectDamaged, ObjectNotFound, Overloaded
+from cluster.folder import FolderStore
+from cluster.records import AdapterRecord, BaseModelRef
+from serving.adapters import SPARE_SLOTS, AdapterCache
+from serving.downloads import Downloads
+from serving.engine.native import NativeEngine, NativeOptions
+from serving.engine.protocol import EngineStats, GenerationRequest, SamplingParams, TokenStream
+from tests.serving.conftest import LoraRecipe, TinyModel
+
+BASE = BaseModelRef(name="base", revision="r1", licence="apache-2.0")
+
+
+class MemoryEngine:
+    """The adapter side of an engine, with as many slots as it is given."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.loaded: set[str] = set()
+        self.loading: set[str] = set()
+        self.loads: Counter[str] = Counter()
+        self.in_use: Counter[str] = Counter()
+        self.refused: set[str] = set()
+        self.gates: dict[str, asyncio.Event] = {}
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    def submit(self, request: GenerationRequest) -> TokenStream:
+        raise NotImplementedError("this engine generates nothing")
+
+    def stats(self) -> EngineStats:
+        return EngineStats(adapters=tuple(self.loaded))
+
+    async def load_adapter(self, digest: str, folder: Path) -> None:
+        self.loads[digest] += 1
+        self.loading.add(digest)
+        assert (folder / "adapter_config.json").is_file()
+        await self.gates[digest].wait() if digest in self.gates else await asyncio.sleep(0)
+        self.loading.discard(digest)
+        if digest in self.refused:
+            raise AdapterRefused(f"{digest[:8]} has a rank of 1000")
+        if len(self.loaded) >= self.slots:
+            raise Overloaded("all slots are taken")
+        self.loaded.add(digest)
+
+    async def unload_adapter(self, digest: str) -> None:
+        assert self.in_use[digest] == 0, "an adapter in use was evicted"
+        await asyncio.sleep(0)
+        self.loaded.discard(digest)
+
+
+class Bench:
+    """A store with published adapters, and a cache over an engine in memory."""
+
+    def __init__(self, root: Path, max_adapters: int = 2, max_bytes: int = 1 << 30) -> None:
+        self.root = root
+        self.store = FolderStore(root / "store")
+        self.engine = MemoryEngine(max_adapters + SPARE_SLOTS)
+        self.downloads = Downloads(root / "cache", self.store, max_bytes)
+        self.changes = 0
+        self.cache = AdapterCache(self.engine, self.downloads, max_adapters, self._changed)
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    def publish(self, name: str) -> AdapterRecord:
+        folder = self.root / "made" / name
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_bytes(name.encode() * 100)
+        (folder / "NOTICE").write_text("all rights given")
+        return registry.publish(self.store, name, folder, BASE, f"run-{name}", 1)
+
+    def file(self, record: AdapterRecord) -> Path:
+        return self.root / "store" / keys.adapter_file(record.name, record.version, "adapter_model.safetensors")
+
+    @asynccontextmanager
+    async def use(self, record: AdapterRecord) -> AsyncIterator[None]:
+        """Hold an adapter as a request does; the engine then knows that it is in use."""
+        async with self.cache.hold(record) as digest:
+            assert digest in self.engine.loaded
+            self.engine.in_use[digest] += 1
+            try:
+                yield
+            finally:
+                self.engine.in_use[digest] -= 1
+
+    async def touch(self, record: AdapterRecord) -> None:
+        async with self.use(record):
+            pass
+
+    async def waits_for_a_place(self, record: AdapterRecord) -> None:
+        """Until the files are here, and nothing more happens because all places are in use."""
+        await until((self.root / "cache" / record.digest).exists)
+        await settle()
+        assert self.engine.loads[record.digest] == 0
+
+    def names(self) -> list[str]:
+        return [record.name for record in self.cache.loaded]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until `condition` holds; a hang is a failure."""
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - what is waited for is a state, not an event
+            await asyncio.sleep(0.001)
+
+
+async def settle() -> None:
+    """Let everything that can go on without an outside event go on, threads included: to see that nothing happens."""
+    for _ in range(50):
+        await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_fifty_requests_for_one_adapter_load_it_once(bench: Bench) -> None:
+    record = bench.publish("a")
+
+    async def main() -> None:
+        await asyncio.gather(*(bench.touch(record) for _ in range(50)))
+
+    asyncio.run(main())
+    assert bench.engine.loads == {record.digest: 1}
+    assert bench.changes == 1
+
+
+def test_two_adapters_load_at_the_same_time(bench: Bench) -> None:
+    a, b = bench.publish("a"), bench.publish("b")
+
+    async def main() -> None:
+        bench.engine.gates = {a.digest: asyncio.Event(), b.digest: asyncio.Event()}
+        tasks = [asyncio.create_task(bench.touch(each)) for each in (a, b)]
+        await until(lambda: bench.engine.loading == {a.digest, b.digest})
+        for gate in bench.engine.gates.values():
+            gate.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(main())
+
+
+def test_the_adapter_idle_for_longest_goes(bench: Bench) -> None:
+    a, b, c = (bench.publish(name) for name in "abc")
+
+    async def main() -> None:
+        for each in (a, b, a, c):
+            await bench.touch(each)
+
+    asyncio.run(main())
+    assert bench.names() == ["a", "c"]
+    assert bench.engine.loaded == {a.digest, c.digest}
+
+
+def test_an_adapter_in_use_stays_even_when_it_was_used_longest_ago(bench: Bench) -> None:
+    a, b, c = (bench.publish(name) for name in "abc")
+
+    async def main() -> None:
+        async with bench.use(a):
+            await bench.touch(b)
+            await bench.touch(c)
+            assert bench.names() == ["a", "c"]
+
+    asyncio.run(main())
+
+
+def test_a_newcomer_waits_while_all_are_in_use(bench: Bench) -> None:
+    a, b, c = (bench.publish(name) for name in "abc")
+
+    async def main() -> None:
+        async with bench.use(a):
+            async with bench.use(b):
+                newcomer = asyncio.create_task(bench.touch(c))
+                await settle()
+                assert not newcomer.done()
+                assert bench.engine.loads[c.digest] == 0
+            await newcomer
+            assert "a" in bench.names()
+
+    asyncio.run(main())
+
+
+def test_a_busy_adapter_cannot_starve_another(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_adapters=1)
+    busy, other = bench.publish("busy"), bench.publish("other")
+
+    async def main() -> None:
+        stop = asyncio.Event()
+
+        async def client(turn: int) -> None:
+            while not stop.is_set():
+                async with bench.use(busy):
+                    for _ in range(3 + turn):  # of different lengths, so that somebody always holds it
+                        await asyncio.sleep(0)
+
+        async with bench.use(busy):
+            clients = [asyncio.create_task(client(turn)) for turn in range(4)]
+            newcomer = asyncio.create_task(bench.touch(other))
+            await bench.waits_for_a_place(other)
+        async with asyncio.timeout(30):
+            await newcomer
+            stop.set()
+            await asyncio.gather(*clients)
+
+    asyncio.run(main())
+
+
+def test_a_failed_load_tells_everyone_and_is_forgotten_and_gives_its_place_back(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_adapters=1)
+    record = bench.publish("a")
+    bench.engine.refused.add(record.digest)
+
+    async def main() -> None:
+        failed = await asyncio.gather(*(bench.touch(record) for _ in range(10)), return_exceptions=True)
+        assert {type(each) for each in failed} == {AdapterRefused}
+        assert bench.engine.loads[record.digest] == 1
+        bench.engine.refused.clear()
+        async with asyncio.timeout(30):
+            await bench.touch(record)
+        assert bench.names() == ["a"]
+
+    asyncio.run(main())
+
+
+def test_a_load_that_fails_evicts_nothing(bench: Bench) -> None:
+    a, b, bad = (bench.publish(name) for name in ("a", "b", "bad"))
+    bench.engine.refused.add(bad.digest)
+
+    async def main() -> None:
+        await bench.touch(a)
+        await bench.touch(b)
+        with pytest.raises(AdapterRefused, match="rank"):
+            await bench.touch(bad)
+        assert bench.names() == ["a", "b"]
+        await bench.touch(a)  # and none is left marked as leaving
+        await bench.touch(b)
+
+    asyncio.run(main())
+    assert bench.engine.loads[a.digest] == bench.engine.loads[b.digest] == 1
+
+
+def test_one_caller_leaving_does_not_end_the_load_for_another(bench: Bench) -> None:
+    record = bench.publish("a")
+
+    async def main() -> None:
+        gate = bench.engine.gates[record.digest] = asyncio.Event()
+        leaver, stayer = (asyncio.create_task(bench.touch(record)) for _ in range(2))
+        await until(lambda: record.digest in bench.engine.loading)
+        leaver.cancel()
+        await settle()
+        gate.set()
+        await stayer
+        assert leaver.cancelled()
+
+    asyncio.run(main())
+    assert bench.engine.loads[record.digest] == 1
+
+
+def test_a_load_that_nobody_waits_for_takes_no_place(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_adapters=1)
+    a, b = bench.publish("a"), bench.publish("b")
+
+    async def main() -> None:
+        async with bench.use(a):
+            newcomer = asyncio.create_task(bench.touch(b))
+            await bench.waits_for_a_place(b)
+            newcomer.cancel()
+            await settle()
+            async with bench.use(a):  # which is not leaving any more
+                assert bench.names() == ["a"]
+        await settle()
+        assert bench.engine.loads[b.digest] == 0
+        await bench.touch(b)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_order_of_requests_and_departures_ends_well(tmp_path: Path, seed: int) -> None:
+    """The engine asserts on its own that nothing in use goes and no slot is overrun."""
+    bench = Bench(tmp_path, max_adapters=3)
+    records = [bench.publish(f"a{number}") for number in range(7)]
+    bench.engine.refused.add(records[6].digest)
+    chance = random.Random(seed)
+    done: Counter[str] = Counter()
+
+    async def request(number: int) -> None:
+        record = records[chance.randrange(7)]
+        for _ in range(chance.randrange(30)):
+            await asyncio.sleep(0)
+        try:
+            async with bench.use(record):
+                for _ in range(chance.randrange(20)):
+                    await asyncio.sleep(0)
+            done["answered"] += 1
+        except AdapterRefused:
+            done["refused"] += 1
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(request(number)) for number in range(300)]
+        for task in chance.sample(tasks, 60):
+            await asyncio.sleep(0)
+            task.cancel()
+        async with asyncio.timeout(60):
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        wrong = [each for each in results if isinstance(each, Exception)]
+        assert not wrong
+        await settle()
+        assert len(bench.engine.loaded) <= 3
+        assert bench.engine.loaded == {record.digest for record in bench.cache.loaded}
+
+    asyncio.run(main())
+    assert done["answered"] + done["refused"] >= 240
+    assert done["answered"] > 100
+
+
+def test_damaged_files_are_refused_and_fetched_anew_once_whole(bench: Bench) -> None:
+    record = bench.publish("a")
+    good = bench.file(record).read_bytes()
+    bench.file(record).write_bytes(good[:-1] + b"!")
+    with pytest.raises(ObjectDamaged, match="adapters/a/1/adapter_model"):
+        asyncio.run(bench.touch(record))
+    assert not (bench.root / "cache" / record.digest).exists()
+    bench.file(record).write_bytes(good)
+    asyncio.run(Bench.touch(bench, record))
+
+
+def test_a_record_that_lies_about_its_digest_is_refused(bench: Bench) -> None:
+    record = bench.publish("a").model_copy(update={"digest": "0" * 64})
+    with pytest.raises(ObjectDamaged, match="another digest"):
+        bench.downloads.open(record)
+
+
+def test_missing_files_are_an_error_with_the_key(bench: Bench) -> None:
+    record = bench.publish("a")
+    bench.file(record).unlink()
+    with pytest.raises(ObjectNotFound, match="adapters/a/1/adapter_model"):
+        asyncio.run(bench.touch(record))
+
+
+def test_what_is_on_disk_is_not_fetched_again(bench: Bench) -> None:
+    record = bench.publish("a")
+    bench.downloads.open(record).close()
+    bench.file(record).unlink()
+    bench.downloads.open(record).close()
+
+
+def test_the_disk_budget_removes_the_longest_unused_and_spares_what_is_read(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_bytes=250)  # each adapter takes 102 bytes
+    a, b, c, d = (bench.publish(name) for name in "abcd")
+    cache = bench.root / "cache"
+
+    def kept() -> list[bool]:
+        return [(cache / record.digest).exists() for record in (a, b, c, d)]
+
+    reading = bench.downloads.open(a)
+    bench.downloads.open(b).close()
+    assert kept() == [True, True, False, False]
+    bench.downloads.open(c).close()  # a is older than b, but is being read
+    assert kept() == [True, False, True, False]
+    reading.close()
+    Downloads(cache, bench.store, 250).open(d).close()  # another process: the same rules by the same locks
+    assert kept() == [False, False, True, True]
+
+
+def test_a_real_engine_answers_for_each_adapter_as_peft_does(tmp_path: Path, tiny: Callable[[str], TinyModel]) -> None:
+    """Four adapters take turns in two places; each answer is that adapter's, whoever was there before."""
+    model = tiny("qwen3")
+    store = FolderStore(tmp_path / "store")
+    recipes = [LoraRecipe(200 + number) for number in range(4)]
+    records = [
+        registry.publish(store, f"a{number}", model.adapter(recipe), BASE, "run", number)
+        for number, recipe in enumerate(recipes)
+    ]
+    engine = NativeEngine(model.folder, NativeOptions(max_adapters=2 + SPARE_SLOTS, kv_tokens=2048))
+    cache = AdapterCache(engine, Downloads(tmp_path / "cache", store, 1 << 30), 2)
+    prompt = model.prompt(3, 12)
+
+    async def ask(number: int, turn: int) -> None:
+        async with cache.hold(records[number]) as digest:
+            request = GenerationRequest(f"{number}-{turn}", prompt, digest, SamplingParams(12, temperature=0.0))
+            async with aclosing(engine.submit(request)) as events:
+                tokens = [event.token_id async for event in events if event.token_id is not None]
+        model.expected(recipes[number], prompt, 12).check(tokens)
+
+    async def main() -> None:
+        await asyncio.gather(*(ask(number, turn) for turn in range(3) for number in range(4)))
+
+    engine.start()
+    try:
+        asyncio.run(main())
+        assert set(engine.stats().adapters) == {record.digest for record in cache.loaded}
+        assert len(cache.loaded) == 2
+    finally:
+        engine.stop()

@@ -1,0 +1,493 @@
+"""The whole serving side over real HTTP: real Ray, real Serve, the native engine, OpenAI's own client."""
+
+import asyncio
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+from ray import serve
+
+from cluster import models, registry
+from cluster.folder import FolderStore
+from cluster.models import ModelConfig
+from cluster.records import BaseModelRef
+from serving import deploy
+from serving.protocol import choice_seed
+from tests.serving.conftest import NEAR_TIE, LoraRecipe, TinyModel, make_tokenizer
+from tests.serving.endpoint import APPLICATION, BASE, DEADLINE_S, NAMES, Served, free_port, poll, serving_config
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A private Ray on this machine; tests/conftest.py has set token authentication."""
+    with pytest.MonkeyPatch.context() as patch:
+        root = str(Path(__file__).parents[2])
+        patch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
+        )
+    yield
+    serve.shutdown()
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def served(local_ray: None, tiny: Callable[[str], TinyModel], tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """The application: one replica, and eight adapters, each under `stable`."""
+    model = tiny("qwen3")
+    store = FolderStore(tmp_path_factory.mktemp("serving") / "store")
+    model_config = ModelConfig(name=BASE, source=str(model.folder), licence="apache-2.0", dtype="fp32")
+    base = models.pin(model_config, store)
+    recipes = {name: LoraRecipe(100 + number, r=2 + number % 3) for number, name in enumerate(NAMES)}
+    unserved = Served("", store, base, model, recipes)
+    for name, recipe in recipes.items():
+        registry.set_alias(store, name, "stable", unserved.publish(name, recipe), why="test")
+    config = serving_config(model_config, store.url, free_port())
+    return replace(unserved, url=deploy.deploy(config, DEADLINE_S * 3, lambda line: None))
+
+
+USER: list[Any] = [{"role": "user", "content": "Sort the numbers 3 1 2."}]
+LONG = 400  # tokens; the context is 512, so that a stream of this length can be left in its middle
+
+
+def post(served: Served, path: str, body: Any, **kwargs: Any) -> httpx.Response:
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return httpx.post(f"{served.url}{path}", content=content, timeout=60, **kwargs)
+
+
+def chat_body(**given: Any) -> dict[str, Any]:
+    return {"model": BASE, "messages": USER, "max_tokens": 8, "temperature": 0, **given}
+
+
+def chat_tokens(text: str) -> list[int]:
+    tokenizer = make_tokenizer()
+    return list(tokenizer(f"<|user|>{text}<|end|><|assistant|>", add_special_tokens=False)["input_ids"])
+
+
+def expected_text(served: Served, name: str, prompt: list[int], max_tokens: int) -> str:
+    """What peft and `generate` answer greedily; the caller's prompts must not lie on a tie."""
+    expected = served.model.expected(served.recipes.get(name), prompt, max_tokens)
+    assert min(expected.margins) > NEAR_TIE, f"{name}: this prompt lies on a near tie, choose another"
+    return str(make_tokenizer().decode(expected.tokens, skip_special_tokens=True))
+
+
+def test_the_base_answers_and_says_so(served: Served) -> None:
+    raw = served.client().chat.completions.with_raw_response.create(
+        model=BASE, messages=USER, max_tokens=8, temperature=0
+    )
+    answer = raw.parse()
+    prompt = chat_tokens(USER[0]["content"])
+    assert answer.choices[0].message.content == expected_text(served, BASE, prompt, 8)
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(prompt), 8)
+    assert answer.usage.total_tokens == len(prompt) + 8
+    assert answer.model == BASE
+    assert raw.headers["x-luthier-adapter"] == BASE
+    assert raw.headers["x-luthier-digest"] == served.base.revision
+
+
+@pytest.mark.parametrize(
+    "reference", ["skill-3", "skill-3@1", "skill-3@stable", f"{BASE}:skill-3", f"{BASE}:skill-3@1"]
+)
+def test_an_adapter_answers_to_every_form_of_its_name(served: Served, reference: str) -> None:
+    raw = served.client().chat.completions.with_raw_response.create(
+        model=reference, messages=USER, max_tokens=8, temperature=0
+    )
+    assert raw.parse().choices[0].message.content == expected_text(
+        served, "skill-3", chat_tokens(USER[0]["content"]), 8
+    )
+    assert raw.headers["x-luthier-adapter"] == "skill-3@1"
+    assert raw.headers["x-luthier-digest"] == registry.record(served.store, "skill-3", 1).digest
+
+
+@pytest.mark.parametrize(
+    "name", ["skill-99", "skill-3@9", "skill-3@canary", "other:skill-3", "Not A Name", "", "skill-3@"]
+)
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions"])
+def test_an_unknown_model_is_a_404_that_names_what_there_is(served: Served, name: str, path: str) -> None:
+    body = {"model": name, "max_tokens": 2} | ({"messages": USER} if "chat" in path else {"prompt": "a"})
+    refused = post(served, path, body)
+    assert refused.status_code == 404
+    error = refused.json()["error"]
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert BASE in error["message"]
+    for adapter in NAMES:
+        assert adapter in error["message"]
+
+
+def test_openais_client_raises_its_own_errors(served: Served) -> None:
+    client = served.client()
+    with pytest.raises(openai.NotFoundError, match="there is no model 'nobody' here"):
+        client.chat.completions.create(model="nobody", messages=USER)
+    with pytest.raises(openai.BadRequestError, match="logit_bias is not supported"):
+        client.chat.completions.create(model=BASE, messages=USER, logit_bias={"5": 1})
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nobody")
+
+
+def test_an_adapter_of_another_base_is_refused(served: Served) -> None:
+    recipe = LoraRecipe(300)
+    served.publish("foreign", recipe, BaseModelRef(name="other-base", revision="r9", licence="mit"))
+    refused = post(served, "/chat/completions", chat_body(model="foreign@1"))
+    assert refused.status_code == 404
+    assert "belongs to base other-base at revision r9" in refused.json()["error"]["message"]
+    assert "foreign" not in httpx.get(f"{served.url}/models").text
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (chat_body(temprature=1), "temprature"),
+        (chat_body(tools=[{"type": "function", "function": {"name": "f"}}]), "tools"),
+        (chat_body(max_tokens=0), "max_tokens"),
+        (b"{not json", None),
+        (b"", None),
+    ],
+)
+def test_a_bad_request_is_a_400_in_openais_shape(served: Served, body: Any, param: str | None) -> None:
+    refused = post(served, "/chat/completions", body)
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_too_long_is_a_400_before_any_stream_begins(served: Served, stream: bool) -> None:
+    refused = post(served, "/chat/completions", chat_body(max_tokens=512, stream=stream))
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "512 tokens" in error["message"]
+
+
+def test_a_token_that_the_model_has_not_is_a_400(served: Served) -> None:
+    refused = post(served, "/completions", {"model": BASE, "prompt": [5, 99999], "max_tokens": 2})
+    assert refused.status_code == 400
+    assert "99999" in refused.json()["error"]["message"]
+
+
+def test_unknown_routes_and_methods_are_in_openais_shape(served: Served) -> None:
+    assert httpx.get(f"{served.url}/nothing").json()["error"]["message"].startswith("no route /v1/nothing")
+    wrong = httpx.get(f"{served.url}/chat/completions")
+    assert wrong.status_code == 405
+    assert wrong.json()["error"]["type"] == "invalid_request_error"
+    assert "POST" in wrong.headers["allow"]
+
+
+def test_models_lists_the_base_and_every_adapter(served: Served) -> None:
+    client = served.client()
+    listed = {model.id: model.model_dump() for model in client.models.list()}
+    assert {BASE, *NAMES} <= set(listed)
+    assert listed["skill-0"]["parent"] == BASE
+    assert listed["skill-0"]["adapter"] == "skill-0@1"
+    assert client.models.retrieve("skill-0@1").model_dump()["digest"] == listed["skill-0"]["digest"]
+
+
+@pytest.mark.parametrize("name", [BASE, "skill-1"])
+def test_a_stream_gives_what_the_whole_answer_gives(served: Served, name: str) -> None:
+    client = served.client()
+    given: dict[str, Any] = {"model": name, "messages": USER, "max_tokens": 24, "temperature": 1, "seed": 3, "n": 2}
+    whole = client.chat.completions.create(**given)
+    texts, finish, usage, roles = ["", ""], ["", ""], None, []
+    for chunk in client.chat.completions.create(**given, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            roles += [choice.delta.role] if choice.delta.role else []
+            texts[choice.index] += choice.delta.content or ""
+            finish[choice.index] = choice.finish_reason or finish[choice.index]
+    assert texts == [choice.message.content for choice in whole.choices]
+    assert finish == [choice.finish_reason for choice in whole.choices]
+    assert usage == whole.usage
+    assert roles == ["assistant"] * 2
+
+
+def test_the_bytes_of_a_stream_are_openais(served: Served) -> None:
+    with httpx.stream("POST", f"{served.url}/chat/completions", json=chat_body(stream=True), timeout=60) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["x-luthier-adapter"] == BASE
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+
+
+def test_a_seed_repeats_and_choices_differ(served: Served) -> None:
+    client = served.client()
+
+    def sample(seed: int | None, n: int) -> list[str]:
+        answer = client.completions.create(model=BASE, prompt="a", max_tokens=16, temperature=1, seed=seed, n=n)
+        return [choice.text for choice in answer.choices]
+
+    three = sample(11, 3)
+    assert sample(11, 3) == three
+    assert sample(11, 1) == three[:1]
+    assert sample(choice_seed(11, 1), 1) == three[1:2]
+    assert len(set(three)) == 3
+    assert sample(12, 1) != three[:1]
+    assert sample(None, 1) != sample(None, 1)
+
+
+def test_several_prompts_are_numbered_prompt_by_prompt(served: Served) -> None:
+    prompts = [served.model.prompt(seed, 6) for seed in (31, 32)]
+    answer = served.client().completions.create(model=BASE, prompt=prompts, max_tokens=5, temperature=0, n=2)
+    texts = [expected_text(served, BASE, prompt, 5) for prompt in prompts]
+    assert [choice.text for choice in answer.choices] == [texts[0], texts[0], texts[1], texts[1]]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (12, 20)
+
+
+def test_stop_strings_end_the_text_and_stay_out(served: Served) -> None:
+    client = served.client()
+    given: dict[str, Any] = {"model": BASE, "prompt": "hello", "max_tokens": 40, "temperature": 1, "seed": 5}
+    text = client.completions.create(**given).choices[0].text
+    stop = text[10:13]
+    assert "\ufffd" not in stop, "choose another seed: a stop string is whole characters"
+    for stops in (stop, [stop, "never there"]):
+        choice = client.completions.create(**given, stop=stops).choices[0]
+        assert choice.text == text[: text.index(stop)]
+        assert choice.finish_reason == "stop"
+
+
+def test_chat_logprobs(served: Served) -> None:
+    answer = served.client().chat.completions.create(
+        model=BASE, messages=USER, max_tokens=6, temperature=0, logprobs=True, top_logprobs=3
+    )
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert len(logprobs.content) == 6
+    for token in logprobs.content:
+        assert [each.logprob for each in token.top_logprobs] == sorted(
+            (each.logprob for each in token.top_logprobs), reverse=True
+        )
+        assert token.top_logprobs[0].token == token.token  # greedy takes the best
+        assert token.logprob == token.top_logprobs[0].logprob <= 0
+        assert len(token.top_logprobs) == 3
+
+
+def test_completion_logprobs_and_their_absence(served: Served) -> None:
+    client = served.client()
+    given: dict[str, Any] = {"model": "skill-2", "prompt": "hello", "max_tokens": 6, "temperature": 0}
+    whole = client.completions.create(**given, logprobs=2).choices[0].logprobs
+    assert whole is not None
+    assert len(whole.tokens or []) == len(whole.token_logprobs or []) == len(whole.text_offset or []) == 6
+    assert client.completions.create(**given).choices[0].logprobs is None
+    streamed: list[float] = []
+    for chunk in client.completions.create(**given, logprobs=2, stream=True):
+        for choice in chunk.choices:
+            streamed += choice.logprobs.token_logprobs or [] if choice.logprobs else []
+    assert streamed == pytest.approx(whole.token_logprobs, abs=1e-5)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_frees_everything(served: Served, stream: bool) -> None:
+    """Nobody waits for the rest: the engine stops within steps, and its blocks and the adapter are free again."""
+    poll(lambda: served.status().running == 0, "an idle engine")
+    before = served.status()
+    body = {"model": "skill-5", "prompt": [7] * 20, "max_tokens": LONG, "n": 4, "temperature": 1, "stream": stream}
+    if stream:
+        with httpx.stream("POST", f"{served.url}/completions", json=body, timeout=60) as response:
+            assert len(list(itertools.islice((line for line in response.iter_lines() if line), 3))) == 3
+    else:
+
+        async def leave() -> None:
+            async with httpx.AsyncClient(timeout=60) as client:
+                request = asyncio.create_task(client.post(f"{served.url}/completions", json=body))
+                await asyncio.to_thread(poll, lambda: served.status().running == 4, "it runs")
+                request.cancel()
+
+        asyncio.run(leave())
+    poll(lambda: served.status().cancelled == before.cancelled + 1, "the request is cancelled")
+    poll(lambda: served.status().kv_blocks_used == 0, "all blocks are free")
+    after = served.status()
+    assert (after.running, after.waiting) == (0, 0)
+    assert after.requests == before.requests + 4
+    assert after.generated_tokens - before.generated_tokens < 4 * LONG
+    assert post(served, "/completions", {**body, "stream": False, "max_tokens": 2}).status_code == 200
+
+
+def test_32_at_once_over_8_adapters_and_the_base_answer_as_peft_does(served: Served) -> None:
+    """Streaming and not, of different lengths: each answer is its own adapter's, and batches held several."""
+    before = served.status()
+    names = [*NAMES, BASE]
+    jobs = [(names[number % 9], served.model.prompt(500 + number, 5 + number % 11), 24) for number in range(32)]
+
+    async def ask(client: openai.AsyncOpenAI, number: int) -> str:
+        name, prompt, max_tokens = jobs[number]
+        given: dict[str, Any] = {"model": name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        if number % 2:
+            return (await client.completions.create(**given)).choices[0].text
+        stream = await client.completions.create(**given, stream=True)
+        return "".join([choice.text async for chunk in stream for choice in chunk.choices])
+
+    async def main() -> list[str]:
+        async with served.async_client() as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(32)))
+
+    answers = asyncio.run(main())
+    tokenizer = make_tokenizer()
+    clear = 0
+    for (name, prompt, max_tokens), text in zip(jobs, answers, strict=True):
+        expected = served.model.expected(served.recipes.get(name), prompt, max_tokens)
+        if min(expected.margins) > NEAR_TIE:
+            clear += 1
+            assert text == tokenizer.decode(expected.tokens, skip_special_tokens=True), name
+    assert clear >= 28, "too many of these prompts lie on near ties to say much"
+    after = served.status()
+    assert after.mixed_steps > before.mixed_steps
+    assert after.max_adapters_in_step >= 3
+    assert set(after.adapters) <= {f"{name}@1" for name in NAMES} | set(before.adapters)
+
+
+def test_more_adapters_than_places_are_served_all_the_same(served: Served) -> None:
+    """The engine has eight places; twelve adapters at once take turns."""
+    recipes = {f"extra-{number}": LoraRecipe(400 + number) for number in range(12)}
+    for name, recipe in recipes.items():
+        served.publish(name, recipe)
+    prompt = served.model.prompt(77, 9)
+
+    async def main() -> list[str]:
+        async with served.async_client() as client:
+            given: dict[str, Any] = {"prompt": prompt, "max_tokens": 8, "temperature": 0}
+            answers = await asyncio.gather(
+                *(client.completions.create(model=f"{name}@1", **given) for name in recipes for _ in range(2))
+            )
+            return [answer.choices[0].text for answer in answers]
+
+    texts = asyncio.run(main())
+    expected = [served.model.expected(recipe, prompt, 8) for recipe in recipes.values() for _ in range(2)]
+    tokenizer = make_tokenizer()
+    clear = [(text, each) for text, each in zip(texts, expected, strict=True) if min(each.margins) > NEAR_TIE]
+    assert len(clear) >= 20
+    for text, each in clear:
+        assert text == tokenizer.decode(each.tokens, skip_special_tokens=True)
+    assert len(served.status().adapters) <= 8
+
+
+def test_a_moved_alias_and_a_new_adapter_are_live_without_a_restart(served: Served) -> None:
+    client = served.client()
+
+    def weights(model: str) -> str | None:
+        try:
+            raw = client.completions.with_raw_response.create(model=model, prompt="a", max_tokens=1)
+        except openai.NotFoundError:
+            return None
+        return raw.headers["x-luthier-adapter"]
+
+    assert weights("moving") is None  # and that is remembered, for as long as an alias
+    first = served.publish("moving", LoraRecipe(350))
+    registry.set_alias(served.store, "moving", "stable", first, why="first")
+    poll(lambda: weights("moving") == "moving@1", "a new name is live")
+    second = served.publish("moving", LoraRecipe(351))
+    assert weights("moving") == "moving@1", "publishing moves no alias"
+    registry.set_alias(served.store, "moving", "stable", second, why="better")
+    poll(lambda: weights("moving") == "moving@2", "a moved alias is live")
+    registry.set_alias(served.store, "moving", "stable", first, why="rolled back")
+    poll(lambda: weights("moving") == "moving@1", "a rollback is live")
+    assert weights("moving@2") == "moving@2"
+    registry.set_alias(served.store, "moving", "stable", None, why="withdrawn")
+    poll(lambda: weights("moving") is None, "a withdrawn alias answers no more, nor does the base for it")
+
+
+def test_a_damaged_adapter_is_an_error_of_its_own_and_hurts_nobody(served: Served) -> None:
+    served.publish("damaged", LoraRecipe(360))
+    path = served.store._root / "adapters/damaged/1/adapter_model.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-4] + b"\0\0\0\0" if good[-4:] != b"\0\0\0\0" else good[:-4] + b"\1\1\1\1")
+    refused = post(served, "/chat/completions", chat_body(model="damaged@1"))
+    assert refused.status_code == 500
+    assert refused.json()["error"]["code"] == "adapter_damaged"
+    path.write_bytes(good)
+    assert post(served, "/chat/completions", chat_body(model="damaged@1")).status_code == 200
+
+
+def test_an_adapter_that_the_engine_cannot_take_is_refused(served: Served) -> None:
+    served.publish("too-large", LoraRecipe(361, r=16))  # max_rank is 8
+    refused = post(served, "/chat/completions", chat_body(model="too-large@1"))
+    assert refused.status_code == 422
+    assert refused.json()["error"]["code"] == "adapter_refused"
+
+
+def test_health_readiness_and_metrics(served: Served) -> None:
+    root = served.url.removesuffix("/v1")
+    assert httpx.get(f"{root}/healthz").json() == {"status": "ok"}
+    ready = httpx.get(f"{root}/readyz")
+    assert (ready.status_code, ready.json()) == (200, {"ready": True, "model": BASE})
+    post(served, "/chat/completions", chat_body(model="skill-0"))
+    wanted = (
+        "luthier_requests_total{",
+        "luthier_generated_tokens_total{",
+        "luthier_kv_blocks{",
+        'adapter="skill-0@1"',
+        f'model="{BASE}"',
+    )
+    poll(lambda: all(each in httpx.get(f"{root}/metrics").text for each in wanted), f"{wanted} in /metrics")
+    lines = httpx.get(f"{root}/metrics").text.splitlines()
+    assert all(line.removeprefix("# HELP ").removeprefix("# TYPE ").startswith("luthier_") for line in lines)
+
+
+def test_another_port_or_application_is_refused_before_anything_changes(served: Served) -> None:
+    model = ModelConfig(name=BASE, source=str(served.model.folder), licence="apache-2.0", dtype="fp32")
+    port = httpx.URL(served.url).port
+    assert port is not None
+    with pytest.raises(deploy.ConfigError, match="already listens on"):
+        deploy.deploy(serving_config(model, served.store.url, port + 1), 5, lambda line: None)
+    other = serving_config(model, served.store.url, port).model_copy(update={"name": "second"})
+    with pytest.raises(deploy.ConfigError, match="tiny-serving is served here already"):
+        deploy.deploy(other, 5, lambda line: None)
+    assert deploy.applications() == [APPLICATION]
+
+
+def test_an_update_cuts_no_stream_and_then_two_replicas_share_the_adapters(served: Served) -> None:
+    """Last, because the endpoint has two replicas afterwards."""
+    model = ModelConfig(name=BASE, source=str(served.model.folder), licence="apache-2.0", dtype="fp32")
+    port = httpx.URL(served.url).port
+    assert port is not None
+    body: Any = {"model": BASE, "prompt": [9, 8, 7], "max_tokens": LONG, "temperature": 1, "seed": 1, "n": 64}
+    running: list[int] = []
+
+    def tell(line: str) -> None:
+        running.append(sum(replica.running for replica in served.replicas()))
+
+    with served.client().completions.create(**body, stream=True, stream_options={"include_usage": True}) as stream:
+        first = next(iter(stream))
+        deploy.deploy(serving_config(model, served.store.url, port, num_replicas=2), DEADLINE_S * 2, tell)
+        chunks = [first, *stream]
+    assert running[0] > 0, "the update began while the stream ran"
+    ended = [choice.index for chunk in chunks for choice in chunk.choices if choice.finish_reason in ("stop", "length")]
+    assert sorted(ended) == list(range(64))
+    assert chunks[-1].usage is not None
+    poll(lambda: len(served.replicas()) == 2, "two replicas")
+
+    # Requests for an adapter go where it is, once Serve's router has heard of it: about 100 ms after the load.
+    # Until then another replica may load it too, so each attempt takes another adapter and lets the news pass first.
+    # Without affinity the chance that 40 requests all go to the same one of two is 2 ** -39.
+    attempts = iter([*NAMES, *(f"extra-{number}@1" for number in range(12))])
+
+    def stays() -> bool:
+        name = next(attempts)
+        given: Any = {"model": name, "prompt": "a", "max_tokens": 1}
+        client = served.client()
+        client.completions.create(**given)
+        for _ in range(20):
+            served.replicas()
+        before = [replica.requests for replica in sorted(served.replicas(), key=lambda each: each.replica)]
+        for _ in range(40):
+            client.completions.create(**given)
+        after = [replica.requests for replica in sorted(served.replicas(), key=lambda each: each.replica)]
+        return 40 in [late - early for late, early in zip(after, before, strict=True)]
+
+    poll(stays, "an adapter's requests stay with one replica")

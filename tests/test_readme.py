@@ -1,0 +1,67 @@
+"""What the README says is so: its tree, its commands, its recipe."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.config import load
+from jobs.config import Recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+TOP = ("configs", "cluster", "jobs", "serving", "scripts", "tests")
+
+
+def block(after: str) -> str:
+    """The first code block behind a heading."""
+    return README.split(after, 1)[1].split("```")[1].partition("\n")[2]
+
+
+def tree() -> str:
+    """Each folder of the checkout on a line with its files, by name."""
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    folders: dict[str, list[str]] = {}
+    for file in sorted(tracked):
+        path = Path(file)
+        if path.parts[0] in TOP and path.name not in ("__init__.py", "__main__.py", "README.md", "conftest.py"):
+            folders.setdefault(str(path.parent), []).append(path.stem if path.suffix == ".py" else path.name)
+    return "".join(f"{folder + '/':<26}{'  '.join(names)}\n" for folder, names in folders.items())
+
+
+def test_the_tree_is_the_one_that_is_there() -> None:
+    assert block("## Layout") == tree(), f"the README's layout should be:\n{tree()}"
+
+
+def test_the_recipe_resolves(tmp_path: Path) -> None:
+    (tmp_path / "recipes").mkdir()
+    recipe = tmp_path / "recipes" / "support.yaml"
+    recipe.write_text(block("## A recipe"))
+    for folder in ("models", "clusters"):
+        (tmp_path / folder).symlink_to(ROOT / "configs" / folder)
+    assert load(recipe, Recipe).name == "support"
+
+
+COMMANDS = sorted(set(re.findall(r"^    luthier (.+)$", README, re.MULTILINE)))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_exists_with_its_options(command: str) -> None:
+    group, name, *arguments = shlex.split(command, comments=True)
+    shown = subprocess.run([sys.executable, "-m", group, name, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    for option in (argument for argument in arguments if argument.startswith("--")):
+        assert option in shown.stdout
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
+def test_every_link_leads_somewhere(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("script", sorted(set(re.findall(r"^    (scripts/\w+)", README, re.MULTILINE))))
+def test_every_script_exists(script: str) -> None:
+    assert (ROOT / script).stat().st_mode & 0o111
