@@ -1,5 +1,6 @@
 """Which parameters are trained: low-rank factors beside frozen weights, or all of the language model."""
 
+import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -7,32 +8,33 @@ from transformers import PreTrainedModel
 
 from cluster.errors import ModelError
 from jobs.config import FullConfig, LoraConfig
+from jobs.kernels import FusedLoraLinear
 
 
-def prepare(model: PreTrainedModel, method: LoraConfig | FullConfig, seed: int) -> PreTrainedModel | PeftModel:
-    """Freeze and extend the model as the method asks."""
+def prepare(
+    model: PreTrainedModel, method: LoraConfig | FullConfig, seed: int, fused: bool = True
+) -> PreTrainedModel | PeftModel:
+    """Freeze and extend the model as the method asks. `fused` takes our LoRA layer for peft's (not under ZeRO-3)."""
     if isinstance(method, FullConfig):
         language = {id(parameter) for parameter in [*model.get_decoder().parameters(), *model.lm_head.parameters()]}
         for parameter in model.parameters():
             parameter.requires_grad_(id(parameter) in language)
         return model
-    import torch
-
+    config = PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=method.rank,
+        lora_alpha=method.alpha,
+        lora_dropout=method.dropout,
+        use_rslora=method.rslora,
+        target_modules=method.targets if method.targets == "all-linear" else list(method.targets),
+        exclude_modules=_outside_decoder(model),
+    )
+    if fused:
+        config._register_custom_module({nn.Linear: FusedLoraLinear})  # the one hook that peft has for a layer
     # All ranks must start from the same factors; peft draws them from torch's global generator.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return get_peft_model(
-            model,
-            PeftLoraConfig(
-                task_type="CAUSAL_LM",
-                r=method.rank,
-                lora_alpha=method.alpha,
-                lora_dropout=method.dropout,
-                use_rslora=method.rslora,
-                target_modules=method.targets if method.targets == "all-linear" else list(method.targets),
-                exclude_modules=_outside_decoder(model),
-            ),
-        )
+        return get_peft_model(model, config)
 
 
 def _outside_decoder(model: PreTrainedModel) -> list[str] | None:

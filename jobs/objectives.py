@@ -11,14 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from jobs.dataset import Dataset
-
-CHUNK = 1024
-"""Positions whose logits are raised to fp32 at a time: at a vocabulary of 150k, 600 MB instead of all at once."""
 
 
 @dataclass(frozen=True)
@@ -71,23 +66,5 @@ def supervised_logits(model: nn.Module, row: PackedRow) -> Tensor:
         logits_to_keep=row.predicts,
         sample_lengths=row.sample_lengths,
     )
-    logits: Tensor = output.logits[0]
+    logits: Tensor = output.logits.flatten(0, 1)  # a view, also backwards: [0] would write a second gradient of zeros
     return logits
-
-
-def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The sum over S of -log softmax(logits)[target], in fp32, a chunk at a time.
-
-    Args:
-        logits: [S, vocabulary]; targets: [S].
-    """
-    if logits.dtype == torch.float32 or not logits.requires_grad:
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
-    total = logits.new_zeros((), dtype=torch.float32)
-    for part, wanted in zip(torch.split(logits, CHUNK), torch.split(targets, CHUNK), strict=True):
-        total = total + torch.utils.checkpoint.checkpoint(_cross_entropy, part, wanted, use_reentrant=False)
-    return total
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="sum")

@@ -23,8 +23,9 @@ from jobs import checkpoint, lora, publish
 from jobs.config import FullConfig
 from jobs.dataset import Dataset
 from jobs.job import Job
+from jobs.kernels import keep_freed_memory, summed_cross_entropy
 from jobs.model import load_model
-from jobs.objectives import PackedRow, pack_row, summed_cross_entropy, supervised_logits
+from jobs.objectives import PackedRow, pack_row, supervised_logits
 from jobs.packing import SampleSchedule
 from jobs.progress import Recorder, StepRecord, read_steps
 from jobs.schedule import learning_rate
@@ -48,6 +49,7 @@ def work(job: Job) -> None:
 def _work(job: Job) -> None:
     recipe = job.recipe
     torch.set_num_threads(recipe.cluster.cpus_per_worker)
+    keep_freed_memory()
     transformers.utils.logging.disable_progress_bar()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
     dataset = Dataset.fetch(job.store, job.dataset)
@@ -80,7 +82,7 @@ def _prepare(job: Job, folder: Any) -> tuple[ZeroEngine, checkpoint.Restored | N
     recipe = job.recipe
     torch.manual_seed(recipe.train.seed)
     model = load_model(folder, recipe.model.dtype, sharded_loading(job.zero, recipe.model.dtype))
-    trained = lora.prepare(model, recipe.method, recipe.train.seed)
+    trained = lora.prepare(model, recipe.method, recipe.train.seed, fused=job.zero < 3)
     if recipe.train.activation_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})

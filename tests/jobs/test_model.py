@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, Gemma3Config, MistralConfig
 
 from cluster.errors import ModelError
 from jobs.config import FullConfig, LoraConfig
+from jobs.kernels import summed_cross_entropy
 from jobs.lora import check_targets, prepare
 from jobs.model import load_model, load_tokenizer, skeleton
-from jobs.objectives import PackedRow, summed_cross_entropy, supervised_logits
+from jobs.objectives import PackedRow, supervised_logits
 from tests.conftest import TinyModels
 
 LENGTHS = [7, 1, 30, 12]

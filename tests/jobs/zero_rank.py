@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 
 from jobs.config import FullConfig, LoraConfig, OptimizerConfig
+from jobs.kernels import summed_cross_entropy
 from jobs.lora import prepare
 from jobs.model import load_model
-from jobs.objectives import PackedRow, summed_cross_entropy, supervised_logits
+from jobs.objectives import PackedRow, supervised_logits
 from jobs.zero import State, ZeroEngine, put_weights, sharded_loading
 
 STEPS, BREAK_AT, PACKS = 5, 3, 4
@@ -39,7 +40,7 @@ def rows(step: int) -> Iterator[PackedRow]:
 
 def make(folder: Path, dtype: str, kind: str, stage: int, states: dict[str, State] | None = None) -> ZeroEngine:
     method = LoraConfig(kind="lora", rank=4) if kind == "lora" else FullConfig(kind="full")
-    model = prepare(load_model(folder, dtype, sharded_loading(stage, dtype)), method, seed=0)
+    model = prepare(load_model(folder, dtype, sharded_loading(stage, dtype)), method, seed=0, fused=stage < 3)
     if states:
         put_weights(model, states, stage)
     return ZeroEngine(model, OPTIMIZER, stage, dtype)
