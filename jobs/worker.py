@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import deepspeed
 import numpy as np
 import numpy.typing as npt
 import ray
@@ -29,7 +28,7 @@ from jobs.objectives import PackedRow, pack_row, supervised_logits
 from jobs.packing import SampleSchedule
 from jobs.progress import Recorder, StepRecord, read_steps
 from jobs.schedule import learning_rate
-from jobs.zero import ZeroEngine, put_weights, sharded_loading
+from jobs.zero import ZeroEngine, join_process_group, put_weights, sharded_loading
 
 PROBE_TOKENS = 64
 
@@ -51,7 +50,7 @@ def _work(job: Job) -> None:
     torch.set_num_threads(recipe.cluster.cpus_per_worker)
     keep_freed_memory()
     transformers.utils.logging.disable_progress_bar()
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
+    join_process_group()
     dataset = Dataset.fetch(job.store, job.dataset)
     folder = models.fetch(recipe.model, job.base, job.store)
     engine, restored = _prepare(job, folder)

@@ -14,6 +14,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from torch import Tensor, nn
@@ -24,6 +25,11 @@ from jobs.config import OptimizerConfig
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = dict[str, Tensor]
 """A parameter's whole state, fp32 on the host: `weight`, `exp_avg`, `exp_avg_sq`, each of the parameter's shape."""
+
+
+def join_process_group() -> None:
+    """Let DeepSpeed use the process group that torch.distributed has."""
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
 
 
 def settings(stage: int, dtype: str, clip_norm: float) -> dict[str, Any]:

@@ -11,9 +11,13 @@ replica    one engine with its tokenizer and adapters, as a Serve deployment
 prompts    messages or text → token ids, by the model's own chat template
 adapters   which adapters are in the engine: single-flight loads, reference counts, eviction
 downloads  verified adapter files on this node, under a byte budget
+affinity   tells Serve's router which adapters a replica holds
+answers    what a replica says, in OpenAI's shapes
+gauges     an engine's figures for Prometheus
 scrape     /metrics of the whole cluster
 app        the Serve application made of the above
 deploy     putting it on a Ray cluster, and waiting until it answers
+client     a small client, for `luthier serving chat`
 cli        `luthier serving`
 engine/    tokens in, tokens out; knows nothing of the rest
 """

@@ -2,15 +2,17 @@
 
     scripts/bench train [--json] [--rounds 3] [--steps 8] [--data ROWS.json] [--quick]
 
-All three fine-tune one random 19-million-parameter Qwen3 shape (workload.py) on the same rows: LoRA of rank 16 on all
+All fine-tune one random 19-million-parameter Qwen3 shape (workload.py) on the same rows: LoRA of rank 16 on all
 linear layers, the loss on the assistant's tokens, packs of 512 tokens, 4 packs a step, AdamW, fp32, one process with
 one thread. What is measured is tokens per processor second, since that hardly depends on what else the machine does:
 
     ours        `python -m jobs.train`, with its private Ray, DeepSpeed, store and metrics: the steps' own records
-    trl         peers/trl_train.py in .venv-trl, made at the first use (--quick leaves TRL out rather than make it)
+    trl         peers/trl_train.py in .venv-trl, made at the first use (--quick leaves TRL out rather than make it);
+                per_device_train_batch_size is the step's batch, as SFTTrainer is used where it fits
+    trl_tuned   the same with a batch of 1, accumulated, which on a CPU is the fastest setting that we found for it
     bare_loop   peers/bare_loop.py, on the very batches that ours trained on
 
-Padding is not counted as tokens by anyone. The first step is left out for all three (--json has figures with it).
+Padding is not counted as tokens by anyone. The first step is left out for all (--json has figures with it).
 The benchmark fails when the losses of ours and of the bare loop differ by more than 1e-3 in any step: it would then
 compare different work.
 """
@@ -59,8 +61,8 @@ SETTINGS: dict[str, Any] = {
     "clip_norm": 1.0,
     "global_batch": workload.GLOBAL_BATCH,
     "sequence_length": workload.SEQUENCE_LENGTH,
-    "trl_micro_batch": 1,
 }
+TRL_MICRO_BATCHES = {"trl": workload.GLOBAL_BATCH, "trl_tuned": 1}
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Bench:
         self._folder = folder
         self._steps = steps
         self._model = folder / "model"
-        self._settings = json.dumps({**SETTINGS, "steps": steps})
+        self._settings = {**SETTINGS, "steps": steps}
         workload.write_model(self._model, shape)
         if rows is None:
             rows = folder / "rows.jsonl"
@@ -131,12 +133,14 @@ class Bench:
     def bare_loop(self) -> Steps:
         return self._peer([sys.executable, "-m", "scripts.benchmarks.peers.bare_loop"], "batches")
 
-    def trl(self) -> Steps:
-        return self._peer([TRL_ENVIRONMENT / "bin" / "python", PEERS / "trl_train.py"], "samples")
+    def trl(self, micro_batch: int) -> Steps:
+        program: list[str | Path] = [TRL_ENVIRONMENT / "bin" / "python", PEERS / "trl_train.py"]
+        return self._peer(program, "samples", {"micro_batch": micro_batch})
 
-    def _peer(self, command: list[str | Path], inputs: str) -> Steps:
+    def _peer(self, command: list[str | Path], inputs: str, more: dict[str, Any] | None = None) -> Steps:
         out = self._folder / "out.json"
-        given = {"model": self._model, inputs: self._folder / f"{inputs}.json", "settings": self._settings, "out": out}
+        settings = json.dumps({**self._settings, **(more or {})})
+        given = {"model": self._model, inputs: self._folder / f"{inputs}.json", "settings": settings, "out": out}
         self._run(["nice", "-n", str(RAY_NICENESS), *command, *(f"--{name}={value}" for name, value in given.items())])
         return Steps.of(json.loads(out.read_text()))
 
@@ -178,14 +182,15 @@ def _plain(samples: dataset.Dataset, index: int) -> dict[str, list[Any]]:
 def measure(bench: Bench, rounds: int, with_trl: bool) -> list[Measure]:
     """All rounds, contestants in turn. Raises RunFailed when a run fails or ours and the bare loop do not agree."""
     ours: list[Steps] = []
-    peers: dict[str, list[Steps]] = {"trl": [], "bare_loop": []} if with_trl else {"bare_loop": []}
+    trl = TRL_MICRO_BATCHES if with_trl else {}
+    peers: dict[str, list[Steps]] = {name: [] for name in (*trl, "bare_loop")}
     apart = 0.0
     for number in range(rounds):
         ours.append(bench.ours())
         if number == 0:
             bench.write_inputs()
-        if with_trl:
-            peers["trl"].append(bench.trl())
+        for name, micro_batch in trl.items():
+            peers[name].append(bench.trl(micro_batch))
         peers["bare_loop"].append(bench.bare_loop())
         apart = max(apart, _distance(ours[-1], peers["bare_loop"][-1]))
         latest = {"ours": ours[-1], **{name: runs[-1] for name, runs in peers.items()}}

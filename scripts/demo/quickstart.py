@@ -189,9 +189,11 @@ def serve(cluster: LocalCluster, revision: str, port: int) -> None:
 
 def ask_all(url: str) -> None:
     """Ask base and adapters the held-out questions of both adapter tasks; print the table and the scores."""
-    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
     models = [BASE_MODEL, *tasks.ADAPTERS]
-    with ThreadPoolExecutor(CLIENTS) as pool:
+    with (
+        openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client,
+        ThreadPoolExecutor(CLIENTS) as pool,
+    ):
         results = {
             (task, model): ask(client, pool, model, task) for task in tasks.ADAPTERS for model in (BASE_MODEL, task)
         }

@@ -12,7 +12,9 @@ def test_train_prints_one_json_object_with_its_measures() -> None:
     finished = subprocess.run([BENCH, "train", "--quick", "--json"], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     said = json.loads(finished.stdout)
-    wanted = {"bare_loop"} | ({"trl"} if (REPOSITORY / ".venv-trl" / "requirements-trl.txt").exists() else set())
+    wanted = {"bare_loop"} | (
+        {"trl", "trl_tuned"} if (REPOSITORY / ".venv-trl" / "requirements-trl.txt").exists() else set()
+    )
     assert set(said) == wanted | {"machine", "commit", "date"}
     for name in wanted:
         figures = said[name]

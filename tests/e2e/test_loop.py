@@ -57,10 +57,15 @@ replicas: {{cpus: 0.5}}
     submit(ray_cluster, "python", "-m", "serving", "shutdown")
 
 
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as opened:
+        yield opened
+
+
 def test_what_was_trained_answers_from_the_store(
-    url: str, store: Store, tiny_models: TinyModels, tmp_path: Path
+    client: openai.OpenAI, store: Store, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
-    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     tokenizer = AutoTokenizer.from_pretrained(tiny_models["qwen3"])
     turns = [{"role": "user", "content": QUESTION}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -83,8 +88,7 @@ def test_what_was_trained_answers_from_the_store(
         assert raw.parse().choices[0].message.content == expected
 
 
-def test_the_endpoint_lists_what_the_store_has_and_refuses_what_it_has_not(url: str) -> None:
-    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+def test_the_endpoint_lists_what_the_store_has_and_refuses_what_it_has_not(client: openai.OpenAI) -> None:
     assert {model.id for model in client.models.list()} >= {"tiny-test", *NAMES}
     with pytest.raises(openai.NotFoundError, match=r"orders-json.*redact"):
         client.completions.create(model="nobody", prompt="x")

@@ -12,7 +12,6 @@ from jobs.driver import prepare_environment
 
 prepare_environment("cpu")
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -21,7 +20,7 @@ from jobs.kernels import summed_cross_entropy
 from jobs.lora import prepare
 from jobs.model import load_model
 from jobs.objectives import PackedRow, supervised_logits
-from jobs.zero import State, ZeroEngine, put_weights, sharded_loading
+from jobs.zero import State, ZeroEngine, join_process_group, put_weights, sharded_loading
 
 STEPS, BREAK_AT, PACKS = 5, 3, 4
 LENGTHS = [7, 9, 16, 12]
@@ -81,7 +80,7 @@ def main() -> None:
     folder, dtype, kind, out = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    deepspeed.init_distributed(dist_backend="gloo", dist_init_required=False)
+    join_process_group()
     found: dict[int, dict[str, Any]] = {}
     for stage in (0, 1, 2, 3):
         engine = make(folder, dtype, kind, stage)

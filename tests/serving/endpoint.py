@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import openai
@@ -32,10 +33,13 @@ class Served:
     base: BaseModelRef
     model: TinyModel
     recipes: dict[str, LoraRecipe]
+    opened: ExitStack  # of the fixture: closes what is opened here
 
     def client(self) -> openai.OpenAI:
         """The official client, without retries: a refused request must be seen."""
-        return openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=DEADLINE_S)
+        return self.opened.enter_context(
+            openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=DEADLINE_S)
+        )
 
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=DEADLINE_S)

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,22 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def served(local_ray: None, tiny: Callable[[str], TinyModel], tmp_path_factory: pytest.TempPathFactory) -> Served:
+def served(
+    local_ray: None, tiny: Callable[[str], TinyModel], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     """The application: one replica, and eight adapters, each under `stable`."""
     model = tiny("qwen3")
     store = FolderStore(tmp_path_factory.mktemp("serving") / "store")
     model_config = ModelConfig(name=BASE, source=str(model.folder), licence="apache-2.0", dtype="fp32")
     base = models.pin(model_config, store)
     recipes = {name: LoraRecipe(100 + number, r=2 + number % 3) for number, name in enumerate(NAMES)}
-    unserved = Served("", store, base, model, recipes)
+    opened = ExitStack()
+    unserved = Served("", store, base, model, recipes, opened)
     for name, recipe in recipes.items():
         registry.set_alias(store, name, "stable", unserved.publish(name, recipe), why="test")
     config = serving_config(model_config, store.url, free_port())
-    return replace(unserved, url=deploy.deploy(config, DEADLINE_S * 3, lambda line: None))
+    with opened:
+        yield replace(unserved, url=deploy.deploy(config, DEADLINE_S * 3, lambda line: None))
 
 
 USER: list[Any] = [{"role": "user", "content": "Sort the numbers 3 1 2."}]

@@ -8,8 +8,8 @@ TRL's defaults are for a GPU that is short of memory. What is set otherwise, eac
     bf16                     off: all contestants compute in fp32
     logging, saving, tqdm    off
     packing                  `bfd`, whose padding-free rows keep samples apart by their positions
-    batch                    1 pack, accumulated: 354 tokens per CPU-second, where a row of 4 packs reached 229,
-                             since the mask over the whole row is dense
+    batch                    `micro_batch` packs at a time, accumulated to the step's: SFTTrainer makes one row of them,
+                             whose mask is dense, so that on a CPU one pack at a time is the fastest
     attention                sdpa: what transformers has for a CPU; from the positions it makes a block-diagonal mask
 """
 
@@ -71,7 +71,7 @@ def train(model_folder: Path, samples: list[dict[str, list[Any]]], settings: dic
         }
         for sample in samples
     ]
-    micro_batch = settings["trl_micro_batch"]
+    micro_batch = settings["micro_batch"]
     accumulation = settings["global_batch"] // micro_batch
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
