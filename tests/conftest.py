@@ -47,7 +47,9 @@ def s3() -> S3Server:
 @pytest.fixture(scope="session")
 def ray_cluster(cache: Path, s3: S3Server) -> Iterator[LocalCluster]:
     """A head and two more nodes, each a Ray node of its own; started once for all tests that submit jobs."""
-    with LocalCluster(head_cpus=2, variables={"LUTHIER_CACHE": str(cache), **s3.env}) as cluster:
+    # Ray Train looks at its workers every 2 s otherwise, and each job waits for that at its start and at its end.
+    variables = {"LUTHIER_CACHE": str(cache), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", **s3.env}
+    with LocalCluster(head_cpus=2, variables=variables) as cluster:
         cluster.add_node(cpus=1)
         cluster.add_node(cpus=1)
         yield cluster

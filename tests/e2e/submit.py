@@ -59,7 +59,7 @@ def write_recipe(
     method: str = "{kind: lora, rank: 8}",
     sequence_length: int = 256,
 ) -> Path:
-    """A recipe of eight steps on one worker; tests override the rest."""
+    """A recipe of eight steps on one worker, at a constant rate; tests override the rest."""
     path = folder / f"{name}.yaml"
     path.write_text(
         f"""
@@ -71,6 +71,7 @@ data: {{train: {json.dumps([str(file) for file in data])}, sequence_length: {seq
 method: {method}
 train: {{steps: 8, global_batch: 4, zero: 0}}
 optimizer: {{learning_rate: 1e-2}}
+schedule: {{kind: constant}}
 publish: {{name: {name}}}
 """
     )

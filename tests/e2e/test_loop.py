@@ -11,41 +11,25 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster import keys, records, registry
 from cluster.nodes import LocalCluster, free_ports
-from cluster.store import Store, open_store
-from scripts.demo import tasks
 from tests.conftest import TinyModels
-from tests.e2e.submit import submit, train, write_recipe, write_rows
-from tests.servers import S3Server
+from tests.e2e.conftest import Pair
+from tests.e2e.submit import submit
 
-NAMES = ("orders-json", "redact")
+NAMES = ("pair-one", "pair-two")
 QUESTION = "Please send three red lamps to Mira in Oslo by Friday."
 
 
 @pytest.fixture(scope="module")
-def store(s3: S3Server) -> Iterator[Store]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in s3.env.items():
-            patch.setenv(name, value)
-        yield open_store(f"s3://{s3.bucket}/loop")
-
-
-@pytest.fixture(scope="module")
-def url(
-    ray_cluster: LocalCluster, tiny_models: TinyModels, store: Store, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
-    """Two adapters trained by jobs, and an endpoint deployed by a third."""
+def url(ray_cluster: LocalCluster, pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An endpoint, deployed by a submitted job, over the store that other jobs have trained into."""
     folder = tmp_path_factory.mktemp("loop")
-    for name in NAMES:
-        rows = write_rows(folder / f"{name}.jsonl", list(tasks.rows(name, "train"))[:100])
-        recipe = write_recipe(folder, tiny_models["qwen3"], [rows], name=name, store=store.url)
-        assert train(ray_cluster, recipe, "train.steps=20").result["adapter"] == f"{name}@1"
     config = folder / "serving.yaml"
     (port,) = free_ports(1)
     config.write_text(
         f"""
 name: loop
 model: {{name: tiny-test, source: store, licence: apache-2.0, dtype: fp32}}
-store: {store.url}
+store: {pair.store.url}
 engine: {{max_context: 512, kv_tokens: 4096}}
 http: {{port: {port}}}
 replicas: {{cpus: 0.5}}
@@ -64,14 +48,14 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 
 def test_what_was_trained_answers_from_the_store(
-    client: openai.OpenAI, store: Store, tiny_models: TinyModels, tmp_path: Path
+    client: openai.OpenAI, pair: Pair, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_models["qwen3"])
     turns = [{"role": "user", "content": QUESTION}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     for name in NAMES:
-        record = registry.resolve(store, name)
-        records.fetch_files(store, keys.adapter_version_prefix(name, 1), record.files, tmp_path / name)
+        record = registry.resolve(pair.store, name)
+        records.fetch_files(pair.store, keys.adapter_version_prefix(name, 1), record.files, tmp_path / name)
         base = AutoModelForCausalLM.from_pretrained(tiny_models["qwen3"])
         adapted = peft.PeftModel.from_pretrained(base, tmp_path / name)
         with torch.no_grad():
@@ -90,5 +74,5 @@ def test_what_was_trained_answers_from_the_store(
 
 def test_the_endpoint_lists_what_the_store_has_and_refuses_what_it_has_not(client: openai.OpenAI) -> None:
     assert {model.id for model in client.models.list()} >= {"tiny-test", *NAMES}
-    with pytest.raises(openai.NotFoundError, match=r"orders-json.*redact"):
+    with pytest.raises(openai.NotFoundError, match=r"pair-one.*pair-two"):
         client.completions.create(model="nobody", prompt="x")

@@ -1,5 +1,6 @@
 """ZeRO stages 0 to 3 on one and two workers are the same mathematics, also across a save and a restore."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,10 +16,17 @@ from tests.conftest import TinyModels
 ROOT = Path(__file__).parents[2]
 
 
-def run(folder: Path, dtype: str, kind: str, world_size: int, out: Path) -> dict[int, dict[str, Any]]:
+CASES = (("fp32", "full"), ("fp32", "lora"), ("bf16", "lora"))
+STAGES = (0, 1, 2, 3)
+Found = dict[tuple[str, str, int], dict[str, Any]]
+
+
+def run(folder: Path, world_size: int, out: Path) -> Found:
+    """Everything that zero_rank.py does, on this many processes."""
     (port,) = free_ports(1)
     common = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-m", "tests.jobs.zero_rank", str(folder), dtype, kind, str(out)]
+    wanted = [(*case, stage) for case in CASES for stage in STAGES]
+    command = [sys.executable, "-m", "tests.jobs.zero_rank", str(folder), str(out), json.dumps(wanted)]
     ranks = [
         subprocess.Popen(
             command,
@@ -32,22 +40,24 @@ def run(folder: Path, dtype: str, kind: str, world_size: int, out: Path) -> dict
     ]
     logs = [rank.communicate()[0] for rank in ranks]
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(logs)
-    found: dict[int, dict[str, Any]] = torch.load(out)
+    found: Found = torch.load(out)
     return found
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [("fp32", "full"), ("fp32", "lora"), ("bf16", "lora")])
-def test_every_stage_and_world_size_trains_the_same(
-    tiny_models: TinyModels, tmp_path: Path, dtype: str, kind: str
-) -> None:
-    folder = tiny_models["qwen3"]
-    one = run(folder, dtype, kind, 1, tmp_path / "one.pt")
-    two = run(folder, dtype, kind, 2, tmp_path / "two.pt")
+@pytest.fixture(scope="module")
+def both(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found]:
+    """On one process, and on two."""
+    folder = tmp_path_factory.mktemp("zero")
+    return run(tiny_models["qwen3"], 1, folder / "one.pt"), run(tiny_models["qwen3"], 2, folder / "two.pt")
+
+
+@pytest.mark.parametrize(("dtype", "kind"), CASES)
+def test_every_stage_and_world_size_trains_the_same(both: tuple[Found, Found], dtype: str, kind: str) -> None:
     # AdamW divides small gradients by their own size, so that rounding grows from step to step: 2e-5 after five.
     tolerance = 1e-4 if dtype == "fp32" else 2e-2
-    expected = one[0]
+    expected = both[0][dtype, kind, 0]
     assert expected["history"][-1][0] != expected["history"][0][0]
-    for found in (*one.values(), *two.values()):
+    for found in (ran[dtype, kind, stage] for ran in both for stage in STAGES):
         torch.testing.assert_close(
             torch.tensor(found["history"]), torch.tensor(expected["history"]), atol=tolerance, rtol=tolerance
         )

@@ -1,8 +1,9 @@
 """One rank of test_zero.py: trains a tiny model at every ZeRO stage, with and without a break in the middle.
 
-RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=… python -m tests.jobs.zero_rank MODEL dtype lora|full OUT.pt
+RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python -m tests.jobs.zero_rank MODEL OUT.pt '[["fp32", "lora", 0], …]'
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,16 +78,17 @@ def broken(folder: Path, dtype: str, kind: str, stage: int) -> list[tuple[float,
 
 
 def main() -> None:
-    folder, dtype, kind, out = Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
+    folder, out = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     join_process_group()
-    found: dict[int, dict[str, Any]] = {}
-    for stage in (0, 1, 2, 3):
+    found: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for dtype, kind, stage in json.loads(sys.argv[3]):
         engine = make(folder, dtype, kind, stage)
         history = train(engine, 0, STEPS)
         weights = {name: engine.weight(parameter) for name, parameter in engine.trained()}
-        found[stage] = {"history": history, "weights": weights, "broken": broken(folder, dtype, kind, stage)}
+        done = {"history": history, "weights": weights, "broken": broken(folder, dtype, kind, stage)}
+        found[dtype, kind, stage] = done
     if dist.get_rank() == 0:
         torch.save(found, out)
     dist.barrier()

@@ -1,0 +1,74 @@
+"""What the end-to-end tests share: rows, a store on the S3 server, and two adapters that jobs have trained into it."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.nodes import LocalCluster
+from cluster.store import Store, open_store
+from jobs.progress import read_steps
+from scripts.demo import tasks
+from tests.conftest import TinyModels
+from tests.e2e.submit import train, write_recipe, write_rows
+from tests.servers import S3Server
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 chats of the quickstart's own text."""
+    folder = tmp_path_factory.mktemp("rows")
+    return write_rows(folder / "orders.jsonl", list(tasks.rows("orders-json", "train"))[:300])
+
+
+@pytest.fixture(scope="session")
+def store(s3: S3Server) -> Iterator[Store]:
+    """A store on the S3 server that the cluster's nodes use too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3.env.items():
+            patch.setenv(name, value)
+        yield open_store(f"s3://{s3.bucket}/shared")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The last lines of two jobs: the same recipe on one worker with ZeRO-0, and on two nodes with ZeRO-3.
+
+    The first goes on for longer: 24 steps with a checkpoint every 4, where the second has 8.
+    """
+
+    store: Store
+    one: dict[str, Any]
+    two: dict[str, Any]
+
+    def losses(self, result: dict[str, Any]) -> list[float]:
+        return [step["loss"] for step in read_steps(self.store, result["run_id"])]
+
+
+@pytest.fixture(scope="session")
+def pair(
+    ray_cluster: LocalCluster,
+    tiny_models: TinyModels,
+    rows: Path,
+    store: Store,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Pair:
+    folder = tmp_path_factory.mktemp("pair")
+    recipe = write_recipe(folder, tiny_models["qwen3"], [rows], name="pair", store=store.url)
+    with ThreadPoolExecutor() as pool:
+        one = pool.submit(
+            train,
+            ray_cluster,
+            recipe,
+            *("publish.name=pair-one", "train.steps=24", "checkpoint.every_steps=4"),
+        )
+        two = pool.submit(
+            train,
+            ray_cluster,
+            recipe,
+            *("publish.name=pair-two", "train.workers=2", "train.zero=3", "train.micro_batch=2"),
+        )
+        return Pair(store, one.result().result, two.result().result)
