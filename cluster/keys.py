@@ -51,21 +51,41 @@ def run_record(run_id: str) -> str:
     return f"{run_prefix(run_id)}run.json"
 
 
-def metrics_part(run_id: str, first_step: int, attempt: int) -> str:
+def metrics_part(run_id: str, attempt: int, first_step: int) -> str:
     """One part of `metrics.jsonl`: the store has no append, so parts are listed and joined in order."""
-    return f"{run_prefix(run_id)}metrics.jsonl/{first_step:08d}-{attempt:03d}.jsonl"
+    return f"{metrics_prefix(run_id)}{attempt:04d}-{first_step:08d}.jsonl"
 
 
 def metrics_prefix(run_id: str) -> str:
     return f"{run_prefix(run_id)}metrics.jsonl/"
 
 
+def attempt(run_id: str, number: int) -> str:
+    return f"{attempts_prefix(run_id)}{number:04d}.json"
+
+
+def attempts_prefix(run_id: str) -> str:
+    return f"{run_prefix(run_id)}attempts/"
+
+
 def event(run_id: str, number: int) -> str:
-    return f"{run_prefix(run_id)}events.jsonl/{number:08d}.jsonl"
+    return f"{events_prefix(run_id)}{number:08d}.json"
 
 
 def events_prefix(run_id: str) -> str:
     return f"{run_prefix(run_id)}events.jsonl/"
+
+
+def heartbeat(run_id: str) -> str:
+    return f"{run_prefix(run_id)}heartbeat.json"
+
+
+def stop_request(run_id: str, number: int) -> str:
+    return f"{stop_requests_prefix(run_id)}{number:04d}.json"
+
+
+def stop_requests_prefix(run_id: str) -> str:
+    return f"{run_prefix(run_id)}stop/"
 
 
 def checkpoints_prefix(run_id: str) -> str:

@@ -24,10 +24,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def result(record: Mapping[str, Any]) -> None:
-    """The last line of a job: one JSON object."""
+def ended(line: Mapping[str, Any]) -> int:
+    """A job's last line, one JSON object; returns the exit code: 0 when it has done what it was for."""
     sys.stderr.flush()
-    print(json.dumps(record), flush=True)
+    print(json.dumps(line), flush=True)
+    return 0 if line["state"] == "succeeded" else 1
 
 
 def fail(error: LuthierError) -> int:

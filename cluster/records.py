@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -105,14 +105,59 @@ class BaseModelRef(Record):
 
 
 class RunRecord(Record):
-    """What a run was asked to do; written once, before anything is spent."""
+    """What a run was asked to do; written once, before anything is spent. Enough to go on with it anywhere.
+
+    `dataset` and `evaluation` are digests of tokenised datasets.
+    """
 
     run_id: str
     recipe: dict[str, Any]
+    dataset: str
+    evaluation: str | None
     code_revision: str
     versions: dict[str, str]
     base: BaseModelRef
     created_at: str
+
+
+RunState = Literal["preparing", "running", "saving", "resuming", "succeeded", "failed", "stopped", "lost"]
+ENDED: tuple[RunState, ...] = ("succeeded", "failed", "stopped")
+
+
+class RunEvent(Record):
+    """One thing that happened to a run, in a sentence; `state` where it changed the run's state.
+
+    `steps_lost` and `seconds_lost` are what has to be done again because of it.
+    """
+
+    at: str
+    state: RunState | None = None
+    text: str
+    step: int | None = None
+    steps_lost: int = 0
+    seconds_lost: float = 0.0
+
+
+class AttemptRecord(Record):
+    """One start of a run's workers: every step from `first_step` on that an earlier attempt did is done again."""
+
+    number: int
+    first_step: int
+    world_size: int
+    at: str
+
+
+class Heartbeat(Record):
+    """Written by a run's driver while it lives."""
+
+    at: str
+
+
+class StopRequest(Record):
+    """Somebody asked a run to stop. The first saves before; a second one does not wait for that."""
+
+    by: str
+    at: str
 
 
 class CheckpointManifest(Record):

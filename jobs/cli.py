@@ -1,4 +1,7 @@
-"""`luthier jobs …`: plan, submit, train, list, show, export. Nothing here imports torch; `train` does when it runs."""
+"""`luthier jobs …`: plan, submit, train, resume, stop, list, show, logs, diff, export.
+
+Nothing here imports torch; `train` and `resume` do when they run. What reads, reads the store alone.
+"""
 
 import json
 import os
@@ -15,6 +18,7 @@ from cluster.cli import AsJson, StoreUrl, show
 app = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True, pretty_exceptions_enable=False)
 
 RecipeFile = Annotated[Path, typer.Argument(help="configs/recipes/NAME.yaml")]
+RunId = Annotated[str, typer.Argument(help="as `luthier jobs list` prints it")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value …, for example train.steps=100")]
 
 
@@ -44,9 +48,7 @@ def submit(
     address: Annotated[str | None, typer.Option(help="the dashboard, http://host:8265; default RAY_ADDRESS")] = None,
 ) -> None:
     """Plan here, then hand the job to a cluster with `ray job submit`, and follow it."""
-    from cluster import env
     from cluster.config import load
-    from cluster.errors import ConfigError, Fault
     from jobs.config import Recipe
     from jobs.plan import make_plan, shape_of
 
@@ -54,10 +56,17 @@ def submit(
     shape = shape_of(loaded.model)
     if shape:
         make_plan(loaded, shape)
+    _submit(address, ["python", "-m", "jobs.train", str(recipe), *(overrides or [])])
+
+
+def _submit(address: str | None, job: list[str]) -> None:
+    """Print and run the plain `ray job submit`, and exit as it does."""
+    from cluster import env
+    from cluster.errors import ConfigError, Fault
+
     target = address or os.environ.get(env.RAY_ADDRESS)
     if not target:
         raise ConfigError([Fault("command line", "--address", f"name the dashboard, or set {env.RAY_ADDRESS}")])
-    job = ["python", "-m", "jobs.train", str(recipe), *(overrides or [])]
     submission = ["job", "submit", "--address", target, "--working-dir", ".", "--", *job]
     print(shlex.join(["ray", *submission]), flush=True)
     # The `ray` of this interpreter, which need not be on PATH.
@@ -71,59 +80,129 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from cluster import logs
     from jobs import driver
 
-    logs.result(driver.run(recipe, overrides or []))
+    raise typer.Exit(logs.ended(driver.run(recipe, overrides or [])))
+
+
+@app.command()
+def resume(
+    run_id: RunId,
+    store: StoreUrl,
+    overrides: Overrides = None,
+    workers: Annotated[int | None, typer.Option(help="go on with so many workers; the result is the same")] = None,
+    address: Annotated[str | None, typer.Option(help="submit to this dashboard, http://host:8265")] = None,
+) -> None:
+    """Go on with a run that was stopped, has failed or was lost, from its last checkpoint.
+
+    With --address as a submitted job, else from here, as `train` does.
+    """
+    given = [*(overrides or []), *([f"train.workers={workers}"] if workers is not None else [])]
+    if address:
+        _submit(address, ["python", "-m", "jobs.resume", run_id, f"store={store}", *given])
+    from cluster import logs
+    from jobs import driver
+
+    raise typer.Exit(logs.ended(driver.resume(run_id, store, given)))
+
+
+@app.command()
+def stop(run_id: RunId, store: StoreUrl) -> None:
+    """Ask a run to save its state and stop; asked again, it stops at once."""
+    from cluster.errors import InputError
+    from cluster.records import ENDED
+    from cluster.store import open_store
+    from jobs import runs
+
+    opened = open_store(store)
+    found = runs.find(opened, run_id)
+    if found.state in (*ENDED, "lost"):
+        raise InputError(f"run {run_id} does not run: it is {found.state}")
+    if runs.ask_to_stop(opened, run_id) == 1:
+        print(f"asked {run_id} to save and stop; `luthier jobs logs {run_id} --follow` shows when it has")
+    else:
+        print(f"asked {run_id} again: it stops at once")
 
 
 @app.command("list")
 def list_runs(store: StoreUrl, as_json: AsJson = False) -> None:
-    """List runs with their last step and loss."""
-    from cluster import keys, records
+    """List runs with their state, last step and loss."""
     from cluster.errors import ObjectDamaged
-    from cluster.records import RunRecord
     from cluster.store import open_store
-    from jobs.progress import read_steps
+    from jobs import runs
 
     opened = open_store(store)
-    run_ids = sorted({item.key.split("/")[1] for item in opened.list(keys.runs_prefix())})
     rows: list[dict[str, Any]] = []
-    for run_id in run_ids:
-        if opened.exists(keys.run_record(run_id)):
-            record = records.read(opened, keys.run_record(run_id), RunRecord)
-            try:
-                last = max(read_steps(opened, run_id), key=lambda step: int(step["step"]), default=None)
-            except ObjectDamaged as error:
-                print(f"warning: {error}", file=sys.stderr)
-                last = None
-            rows.append(
-                {
-                    "run_id": run_id,
-                    "base": record.base.name,
-                    "steps": last["step"] + 1 if last else 0,
-                    "loss": round(last["loss"], 4) if last else None,
-                    "created_at": record.created_at,
-                }
-            )
-    show(rows, ("run_id", "base", "steps", "loss", "created_at"), as_json)
+    for run_id in runs.run_ids(opened):
+        try:
+            found = runs.find(opened, run_id)
+            last = max(runs.read_steps(opened, run_id), key=lambda step: int(step["step"]), default=None)
+        except ObjectDamaged as error:
+            print(f"warning: {error}", file=sys.stderr)
+            continue
+        rows.append(
+            {
+                "run_id": run_id,
+                "state": found.state,
+                "base": found.record.base.name,
+                "steps": last["step"] + 1 if last else 0,
+                "loss": round(last["loss"], 4) if last else None,
+                "created_at": found.record.created_at,
+            }
+        )
+    show(rows, ("run_id", "state", "base", "steps", "loss", "created_at"), as_json)
 
 
 @app.command("show")
-def show_run(run_id: Annotated[str, typer.Argument(help="as `luthier jobs list` prints it")], store: StoreUrl) -> None:
-    """Print one run as JSON: its record, its checkpoints and its last steps."""
-    from cluster import keys, records
-    from cluster.errors import InputError, ObjectNotFound
-    from cluster.records import RunRecord
+def show_run(run_id: RunId, store: StoreUrl) -> None:
+    """Print one run as JSON: its state, record, events, attempts, checkpoints and last steps."""
+    from cluster import keys
     from cluster.store import open_store
-    from jobs.progress import read_steps
+    from jobs import runs
 
     opened = open_store(store)
-    try:
-        record = records.read(opened, keys.run_record(run_id), RunRecord)
-    except ObjectNotFound:
-        raise InputError(f"no run {run_id} in {store}; `luthier jobs list --store {store}` shows them") from None
+    found = runs.find(opened, run_id)
     prefix = keys.checkpoints_prefix(run_id)
-    manifests = [item.key for item in opened.list(prefix) if item.key.endswith("/manifest.json")]
-    steps = list(read_steps(opened, run_id))
-    print(json.dumps({"run": record.model_dump(mode="json"), "checkpoints": manifests, "steps": steps[-5:]}, indent=2))
+    shown = {
+        "state": found.state,
+        "run": found.record.model_dump(mode="json"),
+        "events": [event.model_dump(mode="json") for event in found.events],
+        "attempts": [attempt.model_dump(mode="json") for attempt in runs.attempts(opened, run_id)],
+        "checkpoints": [item.key for item in opened.list(prefix) if item.key.endswith("/manifest.json")],
+        "steps": list(runs.read_steps(opened, run_id))[-5:],
+    }
+    print(json.dumps(shown, indent=2))
+
+
+@app.command()
+def logs(
+    run_id: RunId,
+    store: StoreUrl,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the run has ended or is lost")] = False,
+) -> None:
+    """Print what happened to a run, a line an event; from the store, so it needs no cluster."""
+    from cluster.store import open_store
+    from jobs import runs
+
+    for event in runs.follow(open_store(store), run_id, wait=follow):
+        cost = f" ({event.steps_lost} steps, {event.seconds_lost:.1f} s lost)" if event.steps_lost else ""
+        print(f"{event.at}  {event.state or '':<10} {event.text}{cost}", flush=True)
+
+
+@app.command()
+def diff(
+    one: Annotated[str, typer.Argument(help="a run")],
+    other: Annotated[str, typer.Argument(help="another run")],
+    store: StoreUrl,
+    as_json: AsJson = False,
+) -> None:
+    """What differs between two runs: recipe, data, base, code, versions, and the last step's loss."""
+    from cluster.store import open_store
+    from jobs import runs
+
+    opened = open_store(store)
+    sides = [runs.described(opened, run_id) for run_id in (one, other)]
+    names = sorted(name for name in {*sides[0], *sides[1]} if sides[0].get(name) != sides[1].get(name))
+    rows = [{"what": name, one: sides[0].get(name), other: sides[1].get(name)} for name in names]
+    show(rows, ("what", one, other), as_json)
 
 
 @app.command()

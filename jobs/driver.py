@@ -1,15 +1,19 @@
 """A whole run, seen from the driver: each stage leaves a record that the next one reads.
 
     resolve → plan → locate data → join Ray → pin the model → tokenise → run.json → train and publish → alias
+    resume: run.json → join Ray → train and publish → alias
 
 Everything that can be wrong with what the person gave is found before run.json is written, and before any worker is
 taken. Torch is imported by the checks of model and tokenizer, never before a config is sound.
 """
 
+import getpass
+import json
 import os
 import secrets
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -22,17 +26,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import __version__, env, keys, models, records, registry
 from cluster.config import load
-from cluster.errors import LuthierError, RunFailed
+from cluster.errors import ConfigError, Fault, InputError, LuthierError, RunFailed
 from cluster.logs import say
 from cluster.models import read_shape
 from cluster.records import BaseModelRef, RunRecord
 from cluster.session import joined
 from cluster.store import Store, open_store
-from jobs import dataset
+from jobs import dataset, runs
 from jobs.config import LoraConfig, Recipe
 from jobs.job import Job
 from jobs.plan import Plan, make_plan, shape_of
 from jobs.progress import Board
+from jobs.pulse import Pulse
 from jobs.screen import Screen
 
 VERSIONS = ("ray", "torch", "deepspeed", "transformers", "peft")
@@ -54,13 +59,75 @@ def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
         _check_model(folder, recipe)
         say(summary(recipe, plan))
         prepared = [_prepare(files, recipe, folder, store) for files in (train_files, evaluation_files) if files]
-        run_id = new_run_id(recipe.name)
-        _write_record(store, run_id, recipe, base)
-        say(f"run {run_id} in {store.url}")
+        record = _write_record(store, recipe, base, prepared)
+        say(f"run {record.run_id} in {store.url}")
         if not recipe.publish:
             say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
-        result = _train(run_id, recipe, base, plan, prepared, store)
-    return _conclude(run_id, recipe, result, store)
+        runs.tell(store, record.run_id, f"submitted by {getpass.getuser()}; {summary(recipe, plan)}", "preparing")
+        return _carry_out(record, recipe, plan, store)
+
+
+def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Go on with a run that has stopped, failed or was lost, under its own id. Returns the job's last line.
+
+    Raises LuthierError: InputError when there is no such run, when it has succeeded, or when it is still running.
+    """
+    store = open_store(url)
+    found = runs.find(store, run_id)
+    if found.state not in ("stopped", "failed", "lost"):
+        still = "has succeeded: there is nothing to go on with" if found.state == "succeeded" else f"is {found.state}"
+        raise InputError(f"run {run_id} {still}; `luthier jobs show {run_id} --store {url}` tells more")
+    recipe = _recipe_again(found.record, overrides)
+    with joined(recipe.cluster, recipe.train.workers):
+        folder = models.fetch(recipe.model, found.record.base, store)
+        plan = make_plan(recipe, read_shape(folder))
+        say(summary(recipe, plan))
+        runs.clear_stop_requests(store, run_id)
+        runs.tell(store, run_id, f"resumed by {getpass.getuser()}, after it {found.state}", "resuming")
+        say(f"run {run_id} in {store.url}")
+        return _carry_out(found.record, recipe, plan, store)
+
+
+RESUMABLE = ("train.workers", "train.zero", "train.micro_batch", "train.activation_checkpointing", "train.max_failures")
+"""What may change when a run goes on: where and how it computes, never what."""
+
+
+def _recipe_again(record: RunRecord, overrides: Sequence[str]) -> Recipe:
+    """The recipe that a run began with, with changes that leave its mathematics alone. Raises ConfigError."""
+    faults = [
+        Fault(
+            f"command line `{override}`",
+            "",
+            f"a run goes on as it began; only {', '.join(RESUMABLE)} and cluster may change",
+        )
+        for override in overrides
+        if (key := override.partition("=")[0]) not in RESUMABLE and key.partition(".")[0] != "cluster"
+    ]
+    if faults:
+        raise ConfigError(faults)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{record.run_id}.yaml"
+        path.write_text(json.dumps(record.recipe))  # JSON is YAML
+        return load(path, Recipe, overrides)
+
+
+def _carry_out(record: RunRecord, recipe: Recipe, plan: Plan, store: Store) -> dict[str, Any]:
+    """Train and publish; whatever the end, the run's log tells it."""
+    run_id = record.run_id
+    try:
+        result = _train(record, recipe, plan, store)
+        line = _conclude(run_id, recipe, result, store)
+    except KeyboardInterrupt:
+        runs.tell(store, run_id, "stopped at once; what came after the last checkpoint is lost", "stopped")
+        raise RunFailed(f"run {run_id} was stopped at once; `luthier jobs resume {run_id}` goes on with it") from None
+    except LuthierError as error:
+        runs.tell(store, run_id, f"failed: {error}", "failed")
+        raise
+    published = f"published {line['adapter']}" if line["adapter"] else "nothing was published"
+    runs.tell(
+        store, run_id, f"{line['state']} after {line['step']} steps; {published}", line["state"], step=line["step"]
+    )
+    return line
 
 
 def new_run_id(name: str) -> str:
@@ -98,16 +165,19 @@ def _prepare(files: list[tuple[str, Path]], recipe: Recipe, folder: Path, store:
     return manifest.digest
 
 
-def _write_record(store: Store, run_id: str, recipe: Recipe, base: BaseModelRef) -> None:
+def _write_record(store: Store, recipe: Recipe, base: BaseModelRef, prepared: list[str]) -> RunRecord:
     record = RunRecord(
-        run_id=run_id,
+        run_id=new_run_id(recipe.name),
         recipe=recipe.model_dump(mode="json"),
+        dataset=prepared[0],
+        evaluation=prepared[1] if len(prepared) > 1 else None,
         code_revision=_code_revision(),
         versions={"luthier": __version__} | {name: version(name) for name in VERSIONS},
         base=base,
         created_at=records.now(),
     )
-    store.create(keys.run_record(run_id), record.to_bytes())
+    store.create(keys.run_record(record.run_id), record.to_bytes())
+    return record
 
 
 def _code_revision() -> str:
@@ -119,9 +189,7 @@ def _code_revision() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def _train(
-    run_id: str, recipe: Recipe, base: BaseModelRef, plan: Plan, prepared: list[str], store: Store
-) -> dict[str, Any]:
+def _train(record: RunRecord, recipe: Recipe, plan: Plan, store: Store) -> dict[str, Any]:
     """Run the worker group to its end. Returns what rank 0 left on the board."""
     # Ray Train imports torch: only now, after everything that may be refused.
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -130,7 +198,8 @@ def _train(
     # On the driver's node, so that no lost worker node takes it along.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-    job = Job(run_id, recipe, base, plan.zero, prepared[0], prepared[1] if len(prepared) > 1 else None, store, board)
+    run_id = record.run_id
+    job = Job(run_id, recipe, record.base, plan.zero, record.dataset, record.evaluation, store, board)
     gpu = recipe.cluster.accelerator == "gpu"
     trainer = TorchTrainer(
         _loop(job),
@@ -151,7 +220,8 @@ def _train(
     watching = threading.Thread(target=screen.watch, daemon=True)
     watching.start()
     try:
-        trainer.fit()
+        with Pulse(store, run_id, board):
+            trainer.fit()
         failure = None
     except TrainingFailedError as error:
         failure = error
@@ -217,7 +287,7 @@ def _conclude(run_id: str, recipe: Recipe, result: dict[str, Any], store: Store)
             say(f"alias {recipe.publish.name}@{recipe.publish.alias} is version {published['version']}")
     return {
         "run_id": run_id,
-        "state": "succeeded",
+        "state": result["state"],
         "step": result["step"],
         "metrics": result["metrics"],
         "checkpoint": result["checkpoint"],

@@ -6,13 +6,14 @@ an actor of their own: the board.
 
 import json
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import ray
+
 from cluster import keys
-from cluster.errors import LuthierError, ObjectDamaged
+from cluster.errors import LuthierError
 from cluster.store import Store
 
 FLUSH_S = 10.0
@@ -45,14 +46,21 @@ class StepRecord:
 
 
 class Board:
-    """An actor that holds what rank 0 said last, until the driver takes it."""
+    """An actor between driver and rank 0: steps and the result one way, a request to stop the other."""
 
     def __init__(self) -> None:
         self._steps: list[StepRecord] = []
         self._result: dict[str, Any] | LuthierError | None = None
+        self._is_stopping = False
 
-    def push(self, steps: list[StepRecord]) -> None:
+    def push(self, steps: list[StepRecord]) -> bool:
+        """Take steps. Returns whether the run shall save and stop."""
         self._steps += steps
+        return self._is_stopping
+
+    def stop(self) -> None:
+        """Ask the workers to save and stop."""
+        self._is_stopping = True
 
     def finish(self, result: dict[str, Any] | LuthierError) -> None:
         """Leave the run's result, or the error that every further attempt would meet too."""
@@ -80,6 +88,8 @@ class Recorder:
         self._pushed_at = self._flushed_at = time.monotonic()
         self._writer = ThreadPoolExecutor(1, "metrics")
         self._writes: list[Future[None]] = []
+        self._answer: Any = None  # of the board to the last push
+        self._is_stopping = False
 
     def record(self, step: StepRecord) -> None:
         """Note a step; returns at once."""
@@ -90,6 +100,13 @@ class Recorder:
             self._push(now)
         if now - self._flushed_at > FLUSH_S:
             self._flush(now)
+
+    def is_stopping(self) -> bool:
+        """Whether somebody asked the run to stop, as far as is known without waiting."""
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._is_stopping |= ray.get(self._answer)
+            self._answer = None
+        return self._is_stopping
 
     def close(self) -> None:
         """Write the rest, as `settle` does, and end."""
@@ -108,27 +125,12 @@ class Recorder:
         self._writes = []
 
     def _push(self, now: float) -> None:
-        self._board.push.remote(self._unpushed)
+        self._answer = self._board.push.remote(self._unpushed)
         self._unpushed, self._pushed_at = [], now
 
     def _flush(self, now: float) -> None:
         if self._unsaved:
             lines = "".join(step.to_json() + "\n" for step in self._unsaved).encode()
-            key = keys.metrics_part(self._run_id, self._unsaved[0].step, self._attempt)
+            key = keys.metrics_part(self._run_id, self._attempt, self._unsaved[0].step)
             self._writes.append(self._writer.submit(self._store.put, key, lines))
         self._unsaved, self._flushed_at = [], now
-
-
-def read_steps(store: Store, run_id: str) -> Iterator[dict[str, Any]]:
-    """Every step of a run in order, each once: of a step that was done twice, the later attempt."""
-    steps: dict[int, tuple[int, dict[str, Any]]] = {}
-    for part in store.list(keys.metrics_prefix(run_id)):
-        attempt = int(part.key.removesuffix(".jsonl").rpartition("-")[2])
-        for line in store.get(part.key).decode().splitlines():
-            try:
-                step = json.loads(line)
-            except ValueError as error:
-                raise ObjectDamaged(f"{store.url}/{part.key} holds a line that is no step: {error}") from error
-            if attempt >= steps.get(step["step"], (-1, {}))[0]:
-                steps[step["step"]] = attempt, step
-    return (steps[number][1] for number in sorted(steps))

@@ -12,10 +12,10 @@ def main() -> int:
     try:
         if len(sys.argv) < 2:
             raise ConfigError([Fault("command line", "", "write python -m jobs.train RECIPE.yaml key=value …")])
-        logs.result(driver.run(Path(sys.argv[1]), sys.argv[2:]))
+        line = driver.run(Path(sys.argv[1]), sys.argv[2:])
     except LuthierError as error:
         return logs.fail(error)
-    return 0
+    return logs.ended(line)
 
 
 if __name__ == "__main__":

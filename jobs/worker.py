@@ -5,6 +5,7 @@
 Runs inside Ray Train's worker group: torch.distributed is up (gloo on CPUs, NCCL on GPUs), one process a worker.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +16,11 @@ import ray
 import torch
 import torch.distributed as dist
 import transformers
+from torch import Tensor
 
 from cluster import keys, models
-from cluster.errors import InputError, ObjectDamaged, RegistryError
-from jobs import checkpoint, lora, publish
+from cluster.errors import InputError, ObjectDamaged, RegistryError, RunFailed
+from jobs import checkpoint, lora, publish, runs
 from jobs.config import FullConfig
 from jobs.dataset import Dataset
 from jobs.job import Job
@@ -26,7 +28,7 @@ from jobs.kernels import keep_freed_memory, summed_cross_entropy
 from jobs.model import load_model
 from jobs.objectives import PackedRow, pack_row, supervised_logits
 from jobs.packing import SampleSchedule
-from jobs.progress import Recorder, StepRecord, read_steps
+from jobs.progress import Recorder, StepRecord
 from jobs.schedule import learning_rate
 from jobs.zero import ZeroEngine, join_process_group, put_weights, sharded_loading
 
@@ -37,11 +39,11 @@ def work(job: Job) -> None:
     """Train, checkpoint, publish; the result, or a refusal, is left on the board.
 
     Ray Train starts the workers again after any error that they raise. A refusal (a model, data or an adapter that
-    cannot be used) would only be met again, so it is told and not raised.
+    cannot be used, a loss that is not finite) would only be met again, so it is told and not raised.
     """
     try:
         _work(job)
-    except (InputError, RegistryError, ObjectDamaged) as refusal:
+    except (InputError, RegistryError, ObjectDamaged, RunFailed) as refusal:
         ray.get(job.board.finish.remote(refusal))
 
 
@@ -55,10 +57,10 @@ def _work(job: Job) -> None:
     folder = models.fetch(recipe.model, job.base, job.store)
     engine, restored = _prepare(job, folder)
     trainer = Trainer(job, engine, dataset, restored)
-    trainer.train()
+    is_whole = trainer.train()
     metrics = trainer.finish()
     published = None
-    if recipe.publish:
+    if recipe.publish and is_whole:
         if isinstance(recipe.method, FullConfig):
             published = publish.publish_model(engine, job.store, recipe.publish.name, folder, recipe.model, job.run_id)
         else:
@@ -68,6 +70,7 @@ def _work(job: Job) -> None:
             )
     if dist.get_rank() == 0:
         result = {
+            "state": "succeeded" if is_whole else "stopped",
             "step": trainer.step,
             "metrics": metrics,
             "checkpoint": trainer.last_checkpoint,
@@ -115,24 +118,28 @@ class Trainer:
         self._last: StepRecord | None = None
         if restored:
             self._resume(restored)
-        attempt = restored.next_step if restored else 0
-        self._recorder = Recorder(job.store, job.run_id, attempt, job.board) if self._rank == 0 else None
+        self._is_stopping = False
+        self._recorder = self._begin_attempt() if self._rank == 0 else None
 
-    def train(self) -> None:
-        """Every step that is left, each recorded, with the checkpoints that the recipe asks for."""
+    def train(self) -> bool:
+        """Every step that is left, each recorded, with the checkpoints that the recipe asks for.
+
+        Returns False when the run was asked to stop; its state is then saved.
+        """
         every = self._job.recipe.checkpoint.every_steps
-        while self.step < self.total_steps:
+        while self.step < self.total_steps and not self._is_stopping:
             self._last = self._one_step()
             if self._recorder:
                 self._recorder.record(self._last)
             self.step += 1
-            if self.step == self.total_steps or (every and self.step % every == 0):
+            if self._is_stopping or self.step == self.total_steps or (every and self.step % every == 0):
                 self._save()
+        return self.step == self.total_steps
 
     def finish(self) -> dict[str, float]:
         """Close the records. Returns the run's figures."""
         metrics = {"loss": self._last.loss} if self._last else self._metrics_of_earlier_attempt()
-        if self._job.evaluation:
+        if self._job.evaluation and self.step == self.total_steps:
             metrics["evaluation_loss"] = self._evaluate(Dataset.fetch(self._job.store, self._job.evaluation))
         if self._recorder:
             self._recorder.close()
@@ -140,7 +147,7 @@ class Trainer:
 
     def _metrics_of_earlier_attempt(self) -> dict[str, float]:
         """The loss, when a restart found all steps done."""
-        steps = list(read_steps(self._job.store, self._job.run_id))
+        steps = list(runs.read_steps(self._job.store, self._job.run_id))
         return {"loss": steps[-1]["loss"]} if steps else {}
 
     def _one_step(self) -> StepRecord:
@@ -162,7 +169,7 @@ class Trainer:
             loss += share.detach()
         rate = learning_rate(self.step, self.total_steps, recipe.optimizer.learning_rate, recipe.schedule)
         norm = engine.step(rate)
-        dist.all_reduce(loss)
+        loss = self._agree(loss, norm)
 
         self._samples_seen += len(samples)
         tokens = int(self._dataset.lengths[samples].sum())
@@ -185,6 +192,41 @@ class Trainer:
             world_size=engine.world_size,
         )
 
+    def _agree(self, loss: Tensor, norm: float) -> Tensor:
+        """The step's loss over all ranks; and in the same message, whether to stop. Raises RunFailed on every rank."""
+        asked = self._recorder is not None and self._recorder.is_stopping()
+        both = torch.stack([loss, loss.new_tensor(float(asked))])
+        dist.all_reduce(both)
+        self._is_stopping = bool(both[1])
+        if not (torch.isfinite(both[0]) and math.isfinite(norm)):
+            if self._recorder:
+                self._recorder.close()
+            raise RunFailed(
+                f"run {self._job.run_id}: in step {self.step + 1} the loss is {both[0]:g} and the gradient's norm "
+                f"{norm:g}, so no step after it would mean anything; lower optimizer.learning_rate or "
+                f"optimizer.clip_norm, or lengthen schedule.warmup_steps (last checkpoint: {self.last_checkpoint})"
+            )
+        return both[0]
+
+    def _begin_attempt(self) -> Recorder:
+        """Rank 0: note the start of this attempt, and what it has to do again."""
+        job = self._job
+        done = list(runs.read_steps(job.store, job.run_id))
+        number = runs.begin_attempt(job.store, job.run_id, self.step, self._engine.world_size)
+        lost = [step for step in done if step["step"] >= self.step]
+        again = f"; {len(lost)} step(s) are done again" if lost else ""
+        runs.tell(
+            job.store,
+            job.run_id,
+            f"attempt {number}: training from step {self.step} of {self.total_steps} on "
+            f"{self._engine.world_size} worker(s){again}",
+            "running",
+            step=self.step,
+            steps_lost=len(lost),
+            seconds_lost=round(sum(step["step_s"] for step in lost), 3),
+        )
+        return Recorder(job.store, job.run_id, number, job.board)
+
     def _rows(self, packs: Sequence[npt.NDArray[np.int64]]) -> list[PackedRow]:
         """This rank's micro-batches: `micro_batch` packs to a row."""
         size = self._job.recipe.train.micro_batch
@@ -198,6 +240,9 @@ class Trainer:
         began = time.perf_counter()
         job = self._job
         if self._recorder:
+            if self._is_stopping:
+                text = f"asked to stop: saving after step {self.step}"
+                runs.tell(job.store, job.run_id, text, "saving", step=self.step)
             self._recorder.settle()
         self.last_checkpoint = checkpoint.save(self._engine, job.store, job.run_id, self.step, self._samples_seen)
         self._stall_s = time.perf_counter() - began

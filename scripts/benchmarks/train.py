@@ -39,7 +39,7 @@ from cluster.store import open_store
 from jobs import dataset
 from jobs.config import Recipe
 from jobs.packing import SampleSchedule
-from jobs.progress import read_steps
+from jobs.runs import read_steps
 from scripts.benchmarks import workload
 from scripts.benchmarks.report import REPOSITORY, Measure, show
 

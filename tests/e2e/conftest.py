@@ -10,7 +10,7 @@ import pytest
 
 from cluster.nodes import LocalCluster
 from cluster.store import Store, open_store
-from jobs.progress import read_steps
+from jobs.runs import read_steps
 from scripts.demo import tasks
 from tests.conftest import TinyModels
 from tests.e2e.submit import train, write_recipe, write_rows
@@ -37,7 +37,7 @@ def store(s3: S3Server) -> Iterator[Store]:
 class Pair:
     """The last lines of two jobs: the same recipe on one worker with ZeRO-0, and on two nodes with ZeRO-3.
 
-    The first goes on for longer: 24 steps with a checkpoint every 4, where the second has 8.
+    The first goes on for longer: 48 steps with a checkpoint every 8, where the second has 8.
     """
 
     store: Store
@@ -63,7 +63,7 @@ def pair(
             train,
             ray_cluster,
             recipe,
-            *("publish.name=pair-one", "train.steps=24", "checkpoint.every_steps=4"),
+            *("publish.name=pair-one", "train.steps=48", "checkpoint.every_steps=8"),
         )
         two = pool.submit(
             train,

@@ -70,7 +70,7 @@ store: {store}
 data: {{train: {json.dumps([str(file) for file in data])}, sequence_length: {sequence_length}}}
 method: {method}
 train: {{steps: 8, global_batch: 4, zero: 0}}
-optimizer: {{learning_rate: 1e-2}}
+optimizer: {{learning_rate: 5e-3}}
 schedule: {{kind: constant}}
 publish: {{name: {name}}}
 """

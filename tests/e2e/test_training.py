@@ -17,7 +17,9 @@ from cluster.models import ModelConfig, fetch
 from cluster.nodes import LocalCluster
 from cluster.records import BaseModelRef, CheckpointManifest, RunRecord
 from cluster.store import Store, open_store
-from jobs.progress import StepRecord, read_steps
+from jobs import runs
+from jobs.progress import StepRecord
+from jobs.runs import read_steps
 from tests.conftest import TinyModels
 from tests.e2e.conftest import Pair
 from tests.e2e.submit import ROOT, Submitted, command_line, submit, train, write_recipe
@@ -31,7 +33,7 @@ def losses(store: Store, result: dict[str, Any]) -> list[float]:
 
 def test_one_worker_and_two_sharded_ones_train_alike(pair: Pair) -> None:
     one, two = pair.losses(pair.one), pair.losses(pair.two)
-    assert (len(one), len(two)) == (24, 8)
+    assert (len(one), len(two)) == (48, 8)
     assert one[:8] == pytest.approx(two, abs=1e-3)
     assert one[-1] < 0.8 * one[0]
 
@@ -39,7 +41,7 @@ def test_one_worker_and_two_sharded_ones_train_alike(pair: Pair) -> None:
 def test_the_records_say_what_happened(pair: Pair) -> None:
     store, one, two = pair.store, pair.one, pair.two
     assert one["state"] == "succeeded"
-    assert (one["step"], one["store"]) == (24, store.url)
+    assert (one["step"], one["store"]) == (48, store.url)
     assert (one["adapter"], two["adapter"]) == ("pair-one@1", "pair-two@1")
     run = records.read(store, keys.run_record(one["run_id"]), RunRecord)
     assert run.recipe["train"]["workers"] == 1
@@ -48,7 +50,7 @@ def test_the_records_say_what_happened(pair: Pair) -> None:
     assert set(steps[0]) == set(StepRecord.__dataclass_fields__)
     assert steps[-1]["world_size"] == 2
     assert all(step["supervised_tokens"] < step["tokens"] for step in steps)
-    for step in range(4, 25, 4):
+    for step in range(8, 49, 8):
         manifest = records.read(store, keys.checkpoint_manifest(one["run_id"], step), CheckpointManifest)
         for file in manifest.files:
             data = store.get(keys.checkpoint_prefix(one["run_id"], step) + file.file)
@@ -103,7 +105,7 @@ def test_a_killed_worker_costs_a_checkpoint_interval_and_nothing_else(
     """Beside the calm run of the same recipe on one worker."""
     url = f"file://{tmp_path}/store"
     recipe = write_recipe(tmp_path, tiny_models["qwen3"], [rows], name="killed", store=url)
-    overrides = ("train.steps=24", "checkpoint.every_steps=5", "train.workers=2", "train.zero=1")
+    overrides = ("train.steps=48", "checkpoint.every_steps=5", "train.workers=2", "train.zero=1")
     output = []
     killed = False
     with subprocess.Popen(
@@ -123,7 +125,7 @@ def test_a_killed_worker_costs_a_checkpoint_interval_and_nothing_else(
         assert killed, "".join(output)
         hit = Submitted(job.wait(), "".join(output)).result
     store = open_store(url)
-    assert [step["step"] for step in read_steps(store, hit["run_id"])] == list(range(24))
+    assert [step["step"] for step in read_steps(store, hit["run_id"])] == list(range(48))
     assert losses(store, hit) == pytest.approx(pair.losses(pair.one), abs=1e-3)
 
 
@@ -163,7 +165,8 @@ def test_an_adapter_that_learned_nothing_is_refused_once(
     assert not list(store.list(keys.aliases_prefix("nothing")))
     (run_id,) = {item.key.split("/")[1] for item in store.list(keys.runs_prefix())}
     assert [step["step"] for step in read_steps(store, run_id)] == [0, 1]
-    assert all(part.key.endswith("-000.jsonl") for part in store.list(keys.metrics_prefix(run_id)))
+    assert [attempt.number for attempt in runs.attempts(store, run_id)] == [1]
+    assert runs.find(store, run_id).state == "failed"
 
 
 def test_the_submitted_job_says_what_is_wrong_and_exits_2(ray_cluster: LocalCluster, tmp_path: Path) -> None:

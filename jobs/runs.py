@@ -1,0 +1,192 @@
+"""A run's life in the store: what happened to it, what state it is in, and how to ask it to stop.
+
+Written by the driver and by rank 0, read by anybody, also when the cluster is gone. The states, and who moves a run
+from one to the next, are in jobs/README.md. An event is one object under the next free number (create-if-absent), so
+that two writers lose none.
+"""
+
+import getpass
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from cluster import keys, records
+from cluster.errors import InputError, ObjectDamaged, ObjectExists, ObjectNotFound
+from cluster.records import ENDED, AttemptRecord, Heartbeat, Record, RunEvent, RunRecord, RunState, StopRequest
+from cluster.store import Store
+
+HEARTBEAT_S = 10.0
+LOST_AFTER_S = 60.0
+"""A run that has not ended and whose driver has been silent for so long is lost."""
+
+FOLLOW_S = 2.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as the store has it now."""
+
+    record: RunRecord
+    state: RunState
+    events: list[RunEvent]
+
+
+def tell(
+    store: Store,
+    run_id: str,
+    text: str,
+    state: RunState | None = None,
+    *,
+    step: int | None = None,
+    steps_lost: int = 0,
+    seconds_lost: float = 0.0,
+) -> None:
+    """Append an event to a run's log."""
+    event = RunEvent(
+        at=records.now(), state=state, text=text, step=step, steps_lost=steps_lost, seconds_lost=seconds_lost
+    )
+    _append(store, keys.events_prefix(run_id), lambda number: keys.event(run_id, number), lambda _: event)
+
+
+def begin_attempt(store: Store, run_id: str, first_step: int, world_size: int) -> int:
+    """Take the next attempt's number."""
+
+    def made(number: int) -> AttemptRecord:
+        return AttemptRecord(number=number, first_step=first_step, world_size=world_size, at=records.now())
+
+    return _append(store, keys.attempts_prefix(run_id), lambda number: keys.attempt(run_id, number), made)
+
+
+def attempts(store: Store, run_id: str) -> list[AttemptRecord]:
+    """All starts of a run's workers, in order."""
+    return [records.read(store, item.key, AttemptRecord) for item in store.list(keys.attempts_prefix(run_id))]
+
+
+def ask_to_stop(store: Store, run_id: str) -> int:
+    """Leave a stop request. Returns how many there are now."""
+    request = StopRequest(by=getpass.getuser(), at=records.now())
+    prefix = keys.stop_requests_prefix(run_id)
+    return _append(store, prefix, lambda number: keys.stop_request(run_id, number), lambda _: request)
+
+
+def stop_requests(store: Store, run_id: str) -> int:
+    """How many stop requests there are."""
+    return sum(1 for _ in store.list(keys.stop_requests_prefix(run_id)))
+
+
+def clear_stop_requests(store: Store, run_id: str) -> None:
+    """Forget the stop requests: a stopped run goes on."""
+    for item in list(store.list(keys.stop_requests_prefix(run_id))):
+        store.delete(item.key)
+
+
+def beat(store: Store, run_id: str) -> None:
+    """Say that the driver lives."""
+    store.put(keys.heartbeat(run_id), Heartbeat(at=records.now()).to_bytes())
+
+
+def find(store: Store, run_id: str) -> Run:
+    """A run by its id. Raises InputError when there is none."""
+    try:
+        record = records.read(store, keys.run_record(run_id), RunRecord)
+    except ObjectNotFound:
+        raise InputError(
+            f"no run {run_id} in {store.url}; `luthier jobs list --store {store.url}` shows them"
+        ) from None
+    events = read_events(store, run_id)
+    return Run(record, _state(events, _silent_s(store, run_id)), events)
+
+
+def run_ids(store: Store) -> list[str]:
+    """Every run that the store knows, by id."""
+    found = {item.key.split("/")[1] for item in store.list(keys.runs_prefix()) if item.key.endswith("/run.json")}
+    return sorted(found)
+
+
+def read_events(store: Store, run_id: str) -> list[RunEvent]:
+    """What happened to a run, in order."""
+    return [records.read(store, item.key, RunEvent) for item in store.list(keys.events_prefix(run_id))]
+
+
+def read_steps(store: Store, run_id: str) -> Iterator[dict[str, Any]]:
+    """Every step of a run in order, each once: an attempt takes the place of all earlier ones from its start on."""
+    starts = {attempt.number: attempt.first_step for attempt in attempts(store, run_id)}
+    parts: dict[int, list[str]] = {number: [] for number in starts}
+    for part in store.list(keys.metrics_prefix(run_id)):
+        number = int(part.key.removeprefix(keys.metrics_prefix(run_id)).split("-")[0])
+        parts[number].append(part.key)
+    steps: dict[int, dict[str, Any]] = {}
+    for number, first_step in sorted(starts.items()):
+        steps = {step: line for step, line in steps.items() if step < first_step}
+        for key in parts[number]:
+            steps |= {line["step"]: line for line in _lines(store, key)}
+    return (steps[number] for number in sorted(steps))
+
+
+def described(store: Store, run_id: str) -> dict[str, Any]:
+    """What a run was and where it came to, as flat names and values, to be compared with another's."""
+    found = find(store, run_id)
+    last = max(read_steps(store, run_id), key=lambda step: int(step["step"]), default=None)
+    record = found.record.model_dump(mode="json", exclude={"run_id", "created_at"})
+    return {
+        **_flat(record),
+        "state": found.state,
+        "steps": last["step"] + 1 if last else 0,
+        "loss": last["loss"] if last else None,
+    }
+
+
+def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{above}{name}.") if isinstance(value, dict) else {f"{above}{name}": value}
+    return flat
+
+
+def follow(store: Store, run_id: str, wait: bool) -> Iterator[RunEvent]:
+    """The events of a run, each once; with `wait` also those to come, until the run has ended or is lost."""
+    told = 0
+    while True:
+        run = find(store, run_id)
+        yield from run.events[told:]
+        told = len(run.events)
+        if not wait or run.state in (*ENDED, "lost"):
+            return
+        time.sleep(FOLLOW_S)
+
+
+def _state(events: list[RunEvent], silent_s: float) -> RunState:
+    """The last state that an event gave, unless the driver has gone silent in one that is not an end. Pure."""
+    state: RunState = next((event.state for event in reversed(events) if event.state), "preparing")
+    return state if state in ENDED or silent_s <= LOST_AFTER_S else "lost"
+
+
+def _silent_s(store: Store, run_id: str) -> float:
+    """Seconds since the driver's last sign of life; infinite without any."""
+    try:
+        last = records.read(store, keys.heartbeat(run_id), Heartbeat)
+    except ObjectNotFound:
+        return float("inf")
+    return (datetime.now(UTC) - datetime.fromisoformat(last.at)).total_seconds()
+
+
+def _lines(store: Store, key: str) -> Iterator[dict[str, Any]]:
+    for line in store.get(key).decode().splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise ObjectDamaged(f"{store.url}/{key} holds a line that is no step: {error}") from error
+
+
+def _append(store: Store, prefix: str, key: Callable[[int], str], made: Callable[[int], Record]) -> int:
+    """Write under the next free number. Returns it."""
+    number = sum(1 for _ in store.list(prefix)) + 1
+    while True:
+        try:
+            store.create(key(number), made(number).to_bytes())
+            return number
+        except ObjectExists:
+            number += 1
