@@ -20,7 +20,10 @@ export      trained weights to a folder that peft or transformers loads
 publish     check, probe, and hand to the registry
 progress    step records: to the store, and to the driver
 screen      what the driver shows of them
+runs        a run's life in the store: events, attempts, state, stop requests
+pulse       the driver's heartbeat, and what it hears of stop requests
 driver      resolve, plan, tokenise, train, publish
 train       `python -m jobs.train RECIPE key=value …`
+resume      `python -m jobs.resume RUN store=URL key=value …`
 cli         `luthier jobs …`
 """

@@ -148,6 +148,7 @@ def test_two_runs_are_compared(survivor: tuple[Store, str], ray_cluster: LocalCl
     assert said(ray_cluster, "jobs", "diff", run_id, run_id, "--store", store.url, "--json").strip() == "[]"
 
 
+@pytest.mark.long
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_diagnosis(
     ray_cluster: LocalCluster, tiny_models: TinyModels, rows: Path, tmp_path: Path
 ) -> None:

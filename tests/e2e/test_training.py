@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,10 @@ def test_a_real_data_set_in_full(
         tmp_path, tiny_models["qwen3"], [SHARED_DATA / file], name="real", store=url, sequence_length=16384
     )
     whole = ("train.steps=null", "train.epochs=1", "train.global_batch=2")
-    one = train(ray_cluster, recipe, *whole, "train.workers=1", "train.zero=0").result
-    two = train(ray_cluster, recipe, *whole, "train.workers=2", "train.zero=3").result
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(train, ray_cluster, recipe, *whole, "train.workers=1", "train.zero=0")
+        second = pool.submit(train, ray_cluster, recipe, *whole, "train.workers=2", "train.zero=3")
+        one, two = first.result().result, second.result().result
     store = open_store(url)
     history = losses(store, one)
     assert history == pytest.approx(losses(store, two), abs=1e-3)
