@@ -115,7 +115,7 @@ def stop(run_id: RunId, store: StoreUrl) -> None:
     opened = open_store(store)
     found = runs.find(opened, run_id)
     if found.state in (*ENDED, "lost"):
-        raise InputError(f"run {run_id} does not run: it is {found.state}")
+        raise InputError(f"run {run_id} does not run: its state is {found.state}")
     if runs.ask_to_stop(opened, run_id) == 1:
         print(f"asked {run_id} to save and stop; `luthier jobs logs {run_id} --follow` shows when it has")
     else:

@@ -83,7 +83,7 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         plan = make_plan(recipe, read_shape(folder))
         say(summary(recipe, plan))
         runs.clear_stop_requests(store, run_id)
-        runs.tell(store, run_id, f"resumed by {getpass.getuser()}, after it {found.state}", "resuming")
+        runs.tell(store, run_id, f"resumed by {getpass.getuser()}; it was {found.state}", "resuming")
         say(f"run {run_id} in {store.url}")
         return _carry_out(found.record, recipe, plan, store)
 
@@ -117,7 +117,7 @@ def _carry_out(record: RunRecord, recipe: Recipe, plan: Plan, store: Store) -> d
     try:
         result = _train(record, recipe, plan, store)
         line = _conclude(run_id, recipe, result, store)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ray Train's handler of SIGINT ends its workers, then exits
         runs.tell(store, run_id, "stopped at once; what came after the last checkpoint is lost", "stopped")
         raise RunFailed(f"run {run_id} was stopped at once; `luthier jobs resume {run_id}` goes on with it") from None
     except LuthierError as error:

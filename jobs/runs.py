@@ -91,10 +91,12 @@ def beat(store: Store, run_id: str) -> None:
 def find(store: Store, run_id: str) -> Run:
     """A run by its id. Raises InputError when there is none."""
     try:
+        if "/" in run_id or not run_id.strip("."):
+            raise ObjectNotFound(run_id)
         record = records.read(store, keys.run_record(run_id), RunRecord)
     except ObjectNotFound:
         raise InputError(
-            f"no run {run_id} in {store.url}; `luthier jobs list --store {store.url}` shows them"
+            f"no run {run_id!r} in {store.url}; `luthier jobs list --store {store.url}` shows them"
         ) from None
     events = read_events(store, run_id)
     return Run(record, _state(events, _silent_s(store, run_id)), events)

@@ -80,7 +80,7 @@ def survivor(
     assert f"run {run_id} is running" in refused
     store.delete(keys.heartbeat(run_id))  # as if a minute had passed
     assert runs.find(store, run_id).state == "lost"
-    assert "it is lost" in said(ray_cluster, "jobs", "stop", run_id, "--store", store.url, code=2)
+    assert "its state is lost" in said(ray_cluster, "jobs", "stop", run_id, "--store", store.url, code=2)
 
     second = start(ray_cluster, "jobs.resume", run_id, f"store={store.url}", "train.workers=2", "train.zero=3")
     until(lambda: runs.find(store, run_id).state == "resuming", second)
@@ -135,8 +135,8 @@ def test_what_cannot_be_resumed_is_refused(survivor: tuple[Store, str], ray_clus
     store, run_id = survivor
     store_option = ("--store", store.url)
     assert "has succeeded: there is nothing" in said(ray_cluster, "jobs", "resume", run_id, *store_option, code=2)
-    assert "no run nobody in" in said(ray_cluster, "jobs", "resume", "nobody", *store_option, code=2)
-    assert "does not run: it is succeeded" in said(ray_cluster, "jobs", "stop", run_id, *store_option, code=2)
+    assert "no run 'nobody' in" in said(ray_cluster, "jobs", "resume", "nobody", *store_option, code=2)
+    assert "its state is succeeded" in said(ray_cluster, "jobs", "stop", run_id, *store_option, code=2)
     runs.tell(store, run_id, "for this test", "stopped")
     changed = said(ray_cluster, "jobs", "resume", run_id, "optimizer.learning_rate=1", *store_option, code=2)
     assert "a run goes on as it began; only train.workers" in changed
