@@ -66,9 +66,9 @@ def adapters(
     """List adapters and where their aliases point, or the versions of one."""
     from cluster import registry
     from cluster.errors import AdapterNotFound
-    from cluster.store import open_store
+    from cluster.store import open_existing
 
-    opened = open_store(store)
+    opened = open_existing(store)
     if name:
         registry.parse(name)
         found = registry.versions(opened, name)
@@ -99,10 +99,10 @@ def alias(
     """Move an alias, or read the log of all its moves."""
     from cluster import registry
     from cluster.errors import AdapterNotFound, ConfigError, Fault
-    from cluster.store import open_store
+    from cluster.store import open_existing
 
     name, at, chosen = reference.partition("@")
-    opened = open_store(store)
+    opened = open_existing(store)
     if not at:
         if version is not None or remove:
             raise ConfigError([Fault(f"alias {reference}", "", f"which alias? write {name}@stable or {name}@NAME")])
@@ -122,7 +122,7 @@ def alias(
 def models(store: StoreUrl, as_json: AsJson = False) -> None:
     """List the base models that the store holds."""
     from cluster.models import mirrored
-    from cluster.store import open_store
+    from cluster.store import open_existing
 
     rows = [
         {
@@ -133,7 +133,7 @@ def models(store: StoreUrl, as_json: AsJson = False) -> None:
             "source": manifest.source,
             "created_at": manifest.created_at,
         }
-        for manifest in mirrored(open_store(store))
+        for manifest in mirrored(open_existing(store))
     ]
     show(rows, ("name", "revision", "licence", "bytes", "source", "created_at"), as_json)
 
@@ -160,9 +160,9 @@ def runs(store: StoreUrl, as_json: AsJson = False) -> None:
     """List the runs that the store knows."""
     from cluster import keys, records
     from cluster.records import RunRecord
-    from cluster.store import open_store
+    from cluster.store import open_existing
 
-    opened = open_store(store)
+    opened = open_existing(store)
     run_ids = sorted({item.key.split("/")[1] for item in opened.list(keys.runs_prefix())})
     found = [
         records.read(opened, keys.run_record(run_id), RunRecord)

@@ -13,7 +13,7 @@ a fault (PyYAML keeps the last).
 import difflib
 import json
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -57,7 +57,7 @@ def load(path: Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Sch
     _override_references(tree, schema, overrides, source)
     _compose(tree, schema, path, source)
     for override in overrides:
-        _apply(tree, override, source)
+        _apply(tree, override, _references(schema), source)
     try:
         # Through JSON, because only there does pydantic's strict mode accept a list for a tuple.
         config = schema.model_validate_json(json.dumps(tree), strict=True)
@@ -194,7 +194,7 @@ def _compose(tree: dict[str, Any], schema: type[BaseModel], path: Path, source: 
             source.unread.add((key,))
 
 
-def _apply(tree: dict[str, Any], override: str, source: _Source) -> None:
+def _apply(tree: dict[str, Any], override: str, references: Container[str], source: _Source) -> None:
     key, equals, text = override.partition("=")
     place = f"command line `{override}`"
     names = key.split(".")
@@ -206,10 +206,12 @@ def _apply(tree: dict[str, Any], override: str, source: _Source) -> None:
     except yaml.YAMLError as error:
         source.faults.append(Fault(place, key, f"the value is not valid YAML: {str(error).splitlines()[0]}"))
         return
-    if len(names) == 1 and isinstance(tree.get(key), dict) and isinstance(value, str):
-        return  # a reference: its file has been read already
+    if key in references and isinstance(value, str):
+        return  # its file has been read already
     here = tree
-    for name in names[:-1]:
+    for depth, name in enumerate(names[:-1], start=1):
+        if name not in here:
+            source.set_place(tuple(names[:depth]), place)
         inner = here.setdefault(name, {})
         if inner is None:
             inner = here[name] = {}

@@ -18,7 +18,7 @@ from typing import Protocol
 from urllib.parse import SplitResult, unquote, urlsplit
 from uuid import uuid4
 
-from cluster.errors import ConfigError, Fault, ObjectExists, StoreError, StoreUnfit
+from cluster.errors import ConfigError, Fault, InputError, ObjectExists, StoreError, StoreUnfit
 
 TEMPORARY = ".tmp-"
 """How the name of a half-written file begins. No key segment may begin with it."""
@@ -98,6 +98,18 @@ def open_store(url: str) -> Store:
     # A wrong address should be reported in seconds; a running job should sit out a minute's outage.
     _prove_create_if_absent(S3Store(bucket, prefix, OPENING))
     return S3Store(bucket, prefix)
+
+
+def open_existing(url: str) -> Store:
+    """As `open_store`, for whoever only looks: a folder that is not there is a mistake, and is not made.
+
+    Raises InputError besides.
+    """
+    parts = urlsplit(url)
+    folder = Path(unquote(parts.path))
+    if parts.scheme == "file" and not parts.netloc and not folder.is_dir():
+        raise InputError(f"there is no store at {url}: {folder} is no folder; correct the address")
+    return open_store(url)
 
 
 def check_url(url: str) -> SplitResult:

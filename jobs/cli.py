@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,10 +110,10 @@ def stop(run_id: RunId, store: StoreUrl) -> None:
     """Ask a run to save its state and stop; asked again, it stops at once."""
     from cluster.errors import InputError
     from cluster.records import ENDED
-    from cluster.store import open_store
+    from cluster.store import open_existing
     from jobs import runs
 
-    opened = open_store(store)
+    opened = open_existing(store)
     found = runs.find(opened, run_id)
     if found.state in (*ENDED, "lost"):
         raise InputError(f"run {run_id} does not run: its state is {found.state}")
@@ -126,10 +127,10 @@ def stop(run_id: RunId, store: StoreUrl) -> None:
 def list_runs(store: StoreUrl, as_json: AsJson = False) -> None:
     """List runs with their state, last step and loss."""
     from cluster.errors import ObjectDamaged
-    from cluster.store import open_store
+    from cluster.store import open_existing
     from jobs import runs
 
-    opened = open_store(store)
+    opened = open_existing(store)
     rows: list[dict[str, Any]] = []
     for run_id in runs.run_ids(opened):
         try:
@@ -155,10 +156,10 @@ def list_runs(store: StoreUrl, as_json: AsJson = False) -> None:
 def show_run(run_id: RunId, store: StoreUrl) -> None:
     """Print one run as JSON: its state, record, events, attempts, checkpoints and last steps."""
     from cluster import keys
-    from cluster.store import open_store
+    from cluster.store import open_existing
     from jobs import runs
 
-    opened = open_store(store)
+    opened = open_existing(store)
     found = runs.find(opened, run_id)
     prefix = keys.checkpoints_prefix(run_id)
     shown = {
@@ -179,10 +180,10 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the run has ended or is lost")] = False,
 ) -> None:
     """Print what happened to a run, a line an event; from the store, so it needs no cluster."""
-    from cluster.store import open_store
+    from cluster.store import open_existing
     from jobs import runs
 
-    for event in runs.follow(open_store(store), run_id, wait=follow):
+    for event in runs.follow(open_existing(store), run_id, wait=follow):
         cost = f" ({event.steps_lost} steps, {event.seconds_lost:.1f} s lost)" if event.steps_lost else ""
         print(f"{event.at}  {event.state or '':<10} {event.text}{cost}", flush=True)
 
@@ -195,10 +196,10 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """What differs between two runs: recipe, data, base, code, versions, and the last step's loss."""
-    from cluster.store import open_store
+    from cluster.store import open_existing
     from jobs import runs
 
-    opened = open_store(store)
+    opened = open_existing(store)
     sides = [runs.described(opened, run_id) for run_id in (one, other)]
     names = sorted(name for name in {*sides[0], *sides[1]} if sides[0].get(name) != sides[1].get(name))
     rows = [{"what": name, one: sides[0].get(name), other: sides[1].get(name)} for name in names]
@@ -213,14 +214,18 @@ def export(
 ) -> None:
     """Write an adapter to a folder that plain peft loads."""
     from cluster import keys, records, registry
-    from cluster.errors import ConfigError, Fault
-    from cluster.store import open_store
+    from cluster.errors import ConfigError, Fault, InputError
+    from cluster.store import open_existing
 
     if folder.exists():
         raise ConfigError([Fault(str(folder), "", "exists already; name a new folder")])
-    opened = open_store(store)
+    opened = open_existing(store)
     record = registry.resolve(opened, reference)
-    partial = folder.with_name(folder.name + ".partial")
-    records.fetch_files(opened, keys.adapter_version_prefix(record.name, record.version), record.files, partial)
-    partial.rename(folder)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
+            whole = Path(temporary) / "adapter"
+            records.fetch_files(opened, keys.adapter_version_prefix(record.name, record.version), record.files, whole)
+            whole.rename(folder)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}; name a folder that can be made") from None
     print(f"{record.name}@{record.version} of {record.base.name} in {folder}")

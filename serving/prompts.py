@@ -16,8 +16,12 @@ from serving.calls import Prompt
 class Prompts:
     """The tokenizer of one model folder. Not for several threads at once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_context: int) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # No text of more characters fits the context, whatever its tokens. Tokenising 20 MB to find out takes minutes,
+        # in which everybody else's prompts would wait.
+        self._max_characters = max_context * max(map(len, self._tokenizer.get_vocab()))
+        self._max_context = max_context
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a chat (through the template, with the assistant's turn opened), of text, or as given.
@@ -25,6 +29,7 @@ class Prompts:
         Raises InvalidRequest when the model has no chat template, or when its template refuses the messages.
         """
         if isinstance(prompt, str):
+            self._check_length(prompt, "prompt")
             return list(self._tokenizer(prompt)["input_ids"])
         numbers = [each for each in prompt if isinstance(each, int)]
         if numbers:
@@ -35,4 +40,14 @@ class Prompts:
             text = self._tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
         except jinja2.TemplateError as error:
             raise InvalidRequest(f"the model's chat template refuses these messages: {error}", "messages") from None
+        self._check_length(text, "messages")
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _check_length(self, text: str, param: str) -> None:
+        if len(text) > self._max_characters:
+            raise InvalidRequest(
+                f"the context here is {self._max_context} tokens, and {len(text):,} characters are more than that in "
+                f"any tokens; shorten the {param}",
+                param,
+                "context_length_exceeded",
+            )

@@ -146,10 +146,10 @@ class CompletionRequest(_Sampling):
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
-        if not self.prompts:
-            raise ValueError("prompt is an empty list")
+        if not self.prompts or [] in (self.prompt if isinstance(self.prompt, list) else ()):
+            raise ValueError("prompt is, or holds, an empty list")
         if len(self.prompts) * self.n > MAX_CHOICES:
-            raise ValueError(f"{len(self.prompts)} prompts with n {self.n}; at most {MAX_CHOICES} answers at once")
+            raise ValueError(f"prompt: {len(self.prompts)} with n {self.n}; at most {MAX_CHOICES} answers at once")
         return self
 
     @property
@@ -215,7 +215,7 @@ def _invalid(error: ValidationError, kind: type[BaseModel]) -> InvalidRequest:
             return InvalidRequest(f"prompt must be {wanted}", param)
         case "value_error":
             message = str(detail["ctx"]["error"])
-            return InvalidRequest(f"{where}: {message}" if where else message, param or message.split()[0])
+            return InvalidRequest(f"{where}: {message}" if where else message, param or message.split()[0].rstrip(":"))
     return InvalidRequest(f"{where}: {detail['msg']}, got {json.dumps(detail['input'], default=str)[:80]}", param)
 
 

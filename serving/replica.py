@@ -55,7 +55,7 @@ class Replica:
         limits = (models.read_shape(folder).max_position_embeddings, config.engine.kv_tokens, config.engine.max_context)
         self._max_context = min(limit for limit in limits if limit is not None)
         self._default_max_tokens = config.engine.default_max_tokens
-        self._prompts = Prompts(folder)
+        self._prompts = Prompts(folder, self._max_context)
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="luthier-encode")
         self._engine = start_engine(folder, config)
         self._teardown.callback(self._engine.stop)

@@ -133,9 +133,7 @@ def submit(cluster: LocalCluster, recipe: str, overrides: Sequence[str]) -> dict
 def submit_command(cluster: LocalCluster, job: Sequence[str], name: str) -> list[str]:
     """Submit, print our own lines as they come (Ray's go to the log file alone), and return them."""
     command = ["ray", "job", "submit", "--no-wait", "--working-dir", ".", "--submission-id", f"{name}-{os.getpid()}"]
-    console.print(
-        f"[dim]$ ray job submit --working-dir . -- {' '.join(job).replace(str(ROOT), '.')}[/dim]", soft_wrap=True
-    )
+    console.print(f"[dim]$ ray job submit --working-dir . -- {' '.join(job)}[/dim]", soft_wrap=True)
     log = HOME / f"{name}.log"
     environment = cluster.environment()
     with log.open("w") as file:

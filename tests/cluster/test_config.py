@@ -113,6 +113,19 @@ def test_files_compose_by_reference(tmp_path: Path) -> None:
     assert "did you mean 'three'?" in fault
 
 
+def test_a_word_for_a_section_that_is_no_reference_is_a_fault(tmp_path: Path) -> None:
+    """It was once taken for a reference that had been read, and so had no effect."""
+    path = write(tmp_path, "name: a\ndrive: {kind: v8}\n")
+    (fault,) = faults(path, "drive=electric")
+    assert fault.startswith("command line `drive=electric`: drive: ")
+
+
+def test_an_unknown_section_of_the_command_line_is_placed_there(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\ndrive: {kind: v8}\n")
+    (fault,) = faults(path, "wheles.count=3")
+    assert fault == "command line `wheles.count=3`: wheles: unknown key; did you mean 'wheels'?"
+
+
 def test_a_fault_in_a_referenced_file_is_placed_there(tmp_path: Path) -> None:
     wheels = write(tmp_path, "\ncounts: 3\n", "wheels/three.yaml")
     path = write(tmp_path, "name: a\ndrive: {kind: v8}\nwheels: three\n")

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from cluster.errors import (
     ConfigError,
+    InputError,
     LuthierError,
     ObjectExists,
     ObjectNotFound,
@@ -29,7 +30,7 @@ from cluster.errors import (
 )
 from cluster.folder import FolderStore
 from cluster.s3 import Patience, S3Store
-from cluster.store import TEMPORARY, Store, check_key, open_store
+from cluster.store import TEMPORARY, Store, check_key, open_existing, open_store
 from tests.cluster.conftest import UseEnv
 from tests.cluster.race import race
 from tests.servers import S3Server, aws_env, free_ports, shared
@@ -198,6 +199,15 @@ def test_a_pickled_store_is_the_same_store_and_holds_no_secret(store: Store) -> 
 
 def test_opening_leaves_nothing_behind(store: Store) -> None:
     assert list(open_store(store.url).list("")) == []
+
+
+def test_who_only_looks_makes_no_folder(tmp_path: Path) -> None:
+    for url in ((tmp_path / "mistyped").as_uri(), "file:///etc/passwd"):
+        with pytest.raises(InputError, match="there is no store at"):
+            open_existing(url)
+    assert list(tmp_path.iterdir()) == []
+    open_store(tmp_path.as_uri()).create("k", b"v")
+    assert open_existing(tmp_path.as_uri()).get("k") == b"v"
 
 
 def test_a_store_opened_again_by_its_url_holds_the_same(store: Store) -> None:

@@ -143,6 +143,17 @@ def test_what_cannot_be_resumed_is_refused(survivor: tuple[Store, str], ray_clus
     runs.tell(store, run_id, "for this test", "succeeded")
 
 
+def test_an_export_is_whole_or_not_there(
+    survivor: tuple[Store, str], ray_cluster: LocalCluster, tmp_path: Path
+) -> None:
+    store, _ = survivor
+    export = ("jobs", "export", "survivor", "--store", store.url)
+    said(ray_cluster, *export, str(tmp_path / "out"))
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert "cannot write /proc/out" in said(ray_cluster, *export, "/proc/out", code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_two_runs_are_compared(survivor: tuple[Store, str], ray_cluster: LocalCluster) -> None:
     store, run_id = survivor
     assert said(ray_cluster, "jobs", "diff", run_id, run_id, "--store", store.url, "--json").strip() == "[]"

@@ -173,6 +173,22 @@ def test_too_long_is_a_400_before_any_stream_begins(served: Served, stream: bool
     assert "512 tokens" in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "given"),
+    [
+        ("/chat/completions", {"messages": [{"role": "user", "content": "w" * 20_000_000}]}),
+        ("/completions", {"prompt": "word " * 400_000}),
+    ],
+)
+def test_a_text_of_megabytes_is_refused_without_tokenising_it(served: Served, path: str, given: Any) -> None:
+    """Within the 60 s of `post`: the tokenizer takes minutes for the first, and everybody would wait for it."""
+    refused = post(served, path, {"model": BASE, "max_tokens": 2, **given})
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "characters are more than that in any tokens" in error["message"]
+
+
 def test_a_token_that_the_model_has_not_is_a_400(served: Served) -> None:
     refused = post(served, "/completions", {"model": BASE, "prompt": [5, 99999], "max_tokens": 2})
     assert refused.status_code == 400

@@ -104,6 +104,13 @@ def test_parameters_that_are_off_are_welcome(name: str, value: Any) -> None:
     assert chat(**{name: None}) == chat()
 
 
+@pytest.mark.parametrize("prompt", [[], [[]], [[5], []], ["a"] * 200])
+def test_a_prompt_that_is_none_or_too_many_is_refused_by_name(prompt: Any) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        completion(prompt=prompt)
+    assert caught.value.param == "prompt"
+
+
 @pytest.mark.parametrize(
     ("given", "param", "code"),
     [
