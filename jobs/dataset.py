@@ -113,7 +113,12 @@ def prepare(
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, LuthierError) else error) from None  # without Ray's traceback
     manifest, faults = _summarise(results, digest)
-    _judge(faults, manifest.samples, data)
+    try:
+        _judge(faults, manifest.samples, data)
+    except DataError:
+        for file in manifest.files:  # shards that no dataset.json will ever name
+            store.delete(keys.dataset_prefix(digest) + file.file)
+        raise
     with suppress(ObjectExists):  # another job made the same dataset meanwhile
         store.create(keys.dataset_manifest(digest), manifest.to_bytes())
     return manifest, faults

@@ -90,6 +90,7 @@ def test_malformed_rows_are_named_by_file_and_line(run: Command, recipe: Path, r
     rows.write_text("\n".join(lines))
     done = run(recipe)
     refused(done, "2 of 40 rows cannot be used", f"{rows}:7: ", f"{rows}:10: ", "raise data.max_unusable")
+    assert not [path for path in (rows.parent / "store" / "datasets").rglob("*") if path.is_file()]
 
 
 def test_some_bad_rows_are_allowed_when_asked_for_and_still_reported(
