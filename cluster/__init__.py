@@ -5,6 +5,7 @@ env        every environment variable that Luthier reads
 config     strict YAML: one schema, references between files, key=value, all faults together
 models     which base model: folder, Hub id or store; pinned, mirrored, its shape read without torch
 store      the object store's protocol; folder.py and s3.py keep it
+patient    a store that sits out what passes, for whoever must go on in the middle of a long run
 keys       every key in the store, each made by one function
 records    what is written under those keys
 registry   adapters: publish, resolve, aliases with history, list

@@ -21,6 +21,7 @@
     │   ├── UnknownModel             names a model or adapter that is not served
     │   └── Overloaded               exit 1: full; try again later
     └── RunFailed                    a run ended without its result
+        └── OutOfMemory              a worker's memory is too small for its micro-batch
 
 A message gives the value, the place and the next step. Constructors take positional
 arguments only, because an exception with required keywords does not survive a Ray hop.
@@ -148,6 +149,10 @@ class Overloaded(RequestError):
 
 class RunFailed(LuthierError):
     """A run ended without its result."""
+
+
+class OutOfMemory(RunFailed):
+    """A worker's memory is too small for its micro-batch."""
 
 
 def exit_code(error: LuthierError) -> int:

@@ -9,7 +9,8 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from mmap import mmap
 from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
@@ -87,11 +88,15 @@ class FolderStore:
         with self._errors_named("look for", key):
             return self._path(key).is_file()
 
-    def upload(self, path: Path, key: str) -> None:
+    def upload(self, source: Path | mmap, key: str) -> None:
         target = self._path(key)
-        with path.open("rb") as source, self._errors_named("write", key):
+        opened = nullcontext(source) if isinstance(source, mmap) else source.open("rb")
+        with opened as data, self._errors_named("write", key):
             with self._temporary(target) as (file, temporary):
-                _copy(source, file, f"{self.url}/{key}")
+                if isinstance(data, mmap):
+                    _write(data, file)
+                else:
+                    _copy(data, file, f"{self.url}/{key}")
                 _flush(file)
                 temporary.replace(target)
             _flush_folder(target.parent)
@@ -191,6 +196,11 @@ def _copy(source: BinaryIO, target: BinaryIO, what: str) -> None:
     shutil.copyfileobj(source, target, 1 << 20)
     if target.tell() != expected:
         raise ObjectDamaged(f"{what} came out with {target.tell()} bytes of {expected}; did the file change?")
+
+
+def _write(source: mmap, target: BinaryIO) -> None:
+    with memoryview(source) as view:  # released at once: an mmap that a view looks into cannot be closed
+        target.write(view)
 
 
 def _make_folders(folder: Path) -> None:

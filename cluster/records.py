@@ -7,6 +7,7 @@ files belong to it with their sizes and SHA-256, so it is written last and is th
 import hashlib
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from mmap import mmap
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -57,6 +58,13 @@ def describe_file(path: Path, file: str) -> FileRecord:
     return FileRecord(file=file, size=path.stat().st_size, sha256=digest)
 
 
+def describe_memory(data: mmap, file: str) -> FileRecord:
+    """Size and SHA-256 of what is in memory and will be uploaded as `file`. Other threads run meanwhile."""
+    with memoryview(data) as view:  # released at once: an mmap that a view looks into cannot be closed
+        digest = hashlib.sha256(view).hexdigest()
+    return FileRecord(file=file, size=len(data), sha256=digest)
+
+
 def digest_of(files: Iterable[FileRecord]) -> str:
     """One SHA-256 over a set of files, whatever their order: the identity of an adapter or a model folder."""
     lines = sorted(f"{file.sha256}  {file.file}\n" for file in files)
@@ -104,10 +112,17 @@ class BaseModelRef(Record):
     licence: str
 
 
+class CheckpointRef(Record):
+    """A committed checkpoint of a run."""
+
+    run_id: str
+    step: int
+
+
 class RunRecord(Record):
     """What a run was asked to do; written once, before anything is spent. Enough to go on with it anywhere.
 
-    `dataset` and `evaluation` are digests of tokenised datasets.
+    `dataset` and `evaluation` are digests of tokenised datasets; `parent` is the checkpoint that its weights began as.
     """
 
     run_id: str
@@ -117,6 +132,7 @@ class RunRecord(Record):
     code_revision: str
     versions: dict[str, str]
     base: BaseModelRef
+    parent: CheckpointRef | None = None
     created_at: str
 
 
@@ -139,18 +155,25 @@ class RunEvent(Record):
 
 
 class AttemptRecord(Record):
-    """One start of a run's workers: every step from `first_step` on that an earlier attempt did is done again."""
+    """One start of a run's workers: every step from `first_step` on that an earlier attempt did is done again.
+
+    `world_size` and `micro_batch` are what it was done with, where the recipe leaves a choice or could not be kept to.
+    `id` is random, so that two drivers cannot write the same record.
+    """
 
     number: int
+    id: str
     first_step: int
     world_size: int
+    micro_batch: int
     at: str
 
 
 class Heartbeat(Record):
-    """Written by a run's driver while it lives."""
+    """Written by a run's driver while it lives; `driver` is that process's own random name."""
 
     at: str
+    driver: str
 
 
 class StopRequest(Record):
@@ -161,12 +184,19 @@ class StopRequest(Record):
 
 
 class CheckpointManifest(Record):
-    """The commit of a checkpoint: every shard with its hash, and where in the data it stands."""
+    """The commit of a checkpoint: every shard with its hash, and where in the run it stands.
+
+    `updates` is how many updates the optimizer has made; `metric` is what the best checkpoints are chosen by (lower is
+    better), where there is such a figure.
+    """
 
     run_id: str
     step: int
+    attempt: int
+    updates: int
     samples_seen: int
     world_size: int
+    metric: float | None
     files: tuple[FileRecord, ...]
     created_at: str
 

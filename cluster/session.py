@@ -6,10 +6,12 @@ cluster by RAY_ADDRESS; on a laptop `local` starts a private one that ends with 
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+import ray._private.state
 
 from cluster import env
 from cluster.errors import PlanError
@@ -19,14 +21,14 @@ CONNECT_TIMEOUT_S = 10.0
 
 
 @contextmanager
-def joined(cluster: ClusterConfig, workers: int) -> Iterator[None]:
-    """Connected to the cluster, with room for `workers`. Raises PlanError."""
+def joined(cluster: ClusterConfig, workers: int, most: int | None = None) -> Iterator[None]:
+    """Connected to the cluster, with room for `workers`; a private one has it for `most`. Raises PlanError."""
     address = _address(cluster)
     if address != "local":
         check_address(address)
     try:
         if address == "local":
-            cpus = max(workers * cluster.cpus_per_worker, os.cpu_count() or 1)
+            cpus = max((most or workers) * cluster.cpus_per_worker, os.cpu_count() or 1)
             ray.init(address="local", num_cpus=cpus, include_dashboard=True)
         else:
             ray.init(address=address)
@@ -70,21 +72,49 @@ def _address(cluster: ClusterConfig) -> str:
     return given
 
 
+def room(cluster: ClusterConfig) -> int:
+    """How many more workers the cluster can take now, on nodes that are not about to go."""
+    free = ray._private.state.available_resources_per_node()
+    going = draining()
+    return sum(_places(resources, cluster) for node, resources in free.items() if node not in going)
+
+
+def capacity(cluster: ClusterConfig) -> int:
+    """How many workers the cluster could take if it did nothing else, on nodes that are not about to go."""
+    going = draining()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going]
+    return sum(_places(node["Resources"], cluster) for node in nodes)
+
+
+def draining() -> dict[str, float | None]:
+    """The nodes that are being drained, and in how many seconds each will be gone, where that is known.
+
+    Ray has no public function for it; this is the one that its own Train and Serve use.
+    """
+    found: dict[str, int] = ray._private.state.state.get_draining_nodes()
+    return {node: max(0.0, deadline / 1000 - time.time()) if deadline else None for node, deadline in found.items()}
+
+
+def _places(resources: dict[str, float], cluster: ClusterConfig) -> int:
+    return int(min(resources.get(name, 0.0) // amount for name, amount in _per_worker(cluster).items()))
+
+
+def _per_worker(cluster: ClusterConfig) -> dict[str, float]:
+    return {"CPU": float(cluster.cpus_per_worker), **({"GPU": 1.0} if cluster.accelerator == "gpu" else {})}
+
+
 def check_resources(cluster: ClusterConfig, workers: int) -> None:
     """Raise PlanError when the cluster, as it stands, can never place the workers."""
     if cluster.autoscales:
         return
-    per_worker = {"CPU": float(cluster.cpus_per_worker)}
-    if cluster.accelerator == "gpu":
-        per_worker["GPU"] = 1.0
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = sum(int(min(node.get(name, 0.0) // amount for name, amount in per_worker.items())) for node in nodes)
+    places = sum(_places(node, cluster) for node in nodes)
     if places < workers:
         have = "; ".join(
             ", ".join(f"{node.get(name, 0.0):g} {name}" for name in ("CPU", "GPU") if node.get(name)) or "nothing"
             for node in nodes
         )
-        need = ", ".join(f"{amount:g} {name}" for name, amount in per_worker.items())
+        need = ", ".join(f"{amount:g} {name}" for name, amount in _per_worker(cluster).items())
         raise PlanError(
             f"the job needs {workers} workers of {need} each, and the cluster has room for {places} "
             f"(nodes: {have}); lower train.workers, or add nodes"

@@ -13,6 +13,7 @@ A store pickles to its address, so it may be sent to a Ray worker; there it is n
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -64,10 +65,11 @@ class Store(Protocol):
     def exists(self, key: str) -> bool:
         """Whether an object is there."""
 
-    def upload(self, path: Path, key: str) -> None:
-        """Write a local file (in parts and in parallel when large), replacing what is there.
+    def upload(self, source: Path | mmap, key: str) -> None:
+        """Write a local file, or all of an anonymous mmap, replacing what is there; large ones in parts, in parallel.
 
-        Raises ObjectDamaged if the stored size is not the file's.
+        Memory is copied part by part at most, its position is left alone, and nobody may change or close it
+        meanwhile. Raises ObjectDamaged if the stored size is not the source's.
         """
 
     def download(self, key: str, path: Path) -> None:

@@ -13,15 +13,18 @@ kernels     the LoRA product and the loss, each with its gradient, as one functi
 objectives  packed rows, and what a step's loss is normalised by
 schedule    the learning rate
 zero        the DeepSpeed engine: the one door to deepspeed
-checkpoint  portable training state, manifest last
+checkpoint  portable training state, manifest last: its layout, how it is read back, what of it stays
+saver       checkpoints behind training's back: copy, upload, commit
 job         what the driver hands to every worker
 worker      the training loop
 export      trained weights to a folder that peft or transformers loads
+watchdog    whether a worker's loop still moves, and if not, where it stands
 publish     check, probe, and hand to the registry
-progress    step records: to the store, and to the driver
+progress    step records to the store; the board between driver and workers
 screen      what the driver shows of them
 runs        a run's life in the store: events, attempts, state, stop requests
-pulse       the driver's heartbeat, and what it hears of stop requests
+pulse       the driver's heartbeat, and what it tells the workers: stop, or move
+attempts    one start of the workers after another, until the run has an end
 driver      resolve, plan, tokenise, train, publish
 train       `python -m jobs.train RECIPE key=value …`
 resume      `python -m jobs.resume RUN store=URL key=value …`

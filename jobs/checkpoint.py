@@ -1,122 +1,222 @@
 """Portable training state in the store: written at one world size and ZeRO stage, read at any other.
 
-    runs/<run_id>/checkpoints/<step>/{state-00000.safetensors, …, manifest.json}      manifest last
+    runs/<run_id>/checkpoints/<step>/{state-<attempt>-<rank>.safetensors, …, manifest.json}      manifest last
 
-A shard holds whole parameters (fp32 weight and both moments), each parameter in exactly one shard: ranks share the
-parameters out by size, so nothing that several ranks hold is written twice, and frozen weights never are.
+A shard holds the fragments that one rank keeps: runs of a parameter's elements (fp32 weight and both moments), each
+element in exactly one shard. So ranks write without asking one another, nothing that several ranks hold is written
+twice, and frozen weights never are. The attempt in a shard's name keeps what two attempts wrote of one step apart.
 """
 
-import tempfile
-from collections.abc import Iterator
+import fcntl
+import json
+import mmap
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-from cluster import keys, records
-from cluster.errors import ObjectDamaged, ObjectNotFound
-from cluster.logs import say
-from cluster.records import CheckpointManifest, FileRecord
+from cluster import keys, models, records
+from cluster.errors import ObjectDamaged, ObjectNotFound, StoreError
+from cluster.records import CheckpointManifest
 from cluster.store import Store
-from jobs.zero import State, ZeroEngine
+from jobs import runs
+from jobs.zero import PARTS, Fragment
+
+_ALIGNMENT = 64  # of each tensor in a shard, bytes
+
+
+class Shard:
+    """One rank's share in host memory, in the layout of the safetensors file that it will be.
+
+    The layout follows from the fragments, which stay the same through an attempt; `copy` fills in their values.
+    """
+
+    def __init__(self, fragments: Sequence[Fragment]) -> None:
+        entries: dict[str, Any] = {}
+        offset = 0
+        for fragment in fragments:
+            for part in PARTS:
+                size = 4 * fragment.count
+                entries[_entry(part, fragment.name, fragment.start)] = {
+                    "dtype": "F32",
+                    "shape": [fragment.count],
+                    "data_offsets": [offset, offset + size],
+                }
+                offset += size
+        header = json.dumps(entries).encode()
+        header += b" " * (-(8 + len(header)) % _ALIGNMENT)
+        first = 8 + len(header)
+        self.memory = mmap.mmap(-1, first + offset)
+        self.memory[:first] = len(header).to_bytes(8, "little") + header
+        floats = torch.frombuffer(self.memory, dtype=torch.float32, offset=first) if offset else torch.empty(0)
+        self._places = list(torch.split(floats, [fragment.count for fragment in fragments for _ in PARTS]))
+
+    def copy(self, fragments: Sequence[Fragment]) -> None:
+        """Take the fragments' values as they are now."""
+        torch._foreach_copy_(self._places, [fragment.parts[part] for fragment in fragments for part in PARTS])
+
+
+def _entry(part: str, name: str, start: int) -> str:
+    return f"{part}:{start}:{name}"
+
+
+class Restored:
+    """A checkpoint read back and verified: a SavedState, and where in the run it stands.
+
+    Raises ObjectDamaged when its shards do not make up whole parameters.
+    """
+
+    def __init__(self, manifest: CheckpointManifest, folder: Path) -> None:
+        self.next_step = manifest.step
+        self.samples_seen = manifest.samples_seen
+        self.updates = manifest.updates
+        self._opened = ExitStack()
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}  # start, count, file, its key
+        for record in manifest.files:
+            try:
+                file = self._opened.enter_context(safe_open(folder / record.file, "pt"))
+            except (OSError, SafetensorError) as error:
+                raise ObjectDamaged(f"checkpoint {manifest.step}: {record.file}: {error}") from error
+            for key in file.keys():  # noqa: SIM118 - not a dictionary
+                part, start, name = key.split(":", 2)
+                count = file.get_slice(key).get_shape()[0]
+                self._pieces.setdefault((part, name), []).append((int(start), count, file, key))
+        for (part, name), pieces in self._pieces.items():
+            pieces.sort(key=lambda piece: piece[0])
+            end = 0
+            for start, count, _, _ in pieces:
+                if start != end:
+                    raise ObjectDamaged(f"checkpoint {manifest.step}: {part} of {name} has no element {end}")
+                end = start + count
+
+    def elements(self) -> dict[str, int]:
+        """How many elements each parameter has."""
+        return {
+            name: pieces[-1][0] + pieces[-1][1] for (part, name), pieces in self._pieces.items() if part == "weight"
+        }
+
+    def read(self, part: str, name: str, start: int, count: int) -> Tensor:
+        """`count` elements of a parameter's flattened part (PARTS), from `start` on, fp32 on the host."""
+        out = torch.empty(count)
+        for first, length, file, key in self._pieces[part, name]:
+            low, high = max(start, first), min(start + count, first + length)
+            if low < high:
+                out[low - start : high - start] = file.get_slice(key)[low - first : high - first]
+        return out
+
+    def close(self) -> None:
+        """Let go of the files."""
+        self._opened.close()
+        self._pieces = {}
 
 
 @dataclass(frozen=True)
-class Restored:
-    """A checkpoint read back: which step comes next, AdamW's update count, and every trained parameter's state."""
+class Found:
+    """What `load_latest` came to: the state, if there is any, and for each newer checkpoint why it was passed over."""
 
-    next_step: int
-    samples_seen: int
-    updates: int
-    states: dict[str, State]
+    restored: Restored | None
+    passed_over: list[str]
 
 
-def save(engine: ZeroEngine, store: Store, run_id: str, next_step: int, samples_seen: int) -> str:
-    """Write the state as it is before step `next_step`. A collective. Returns the manifest's key."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    mine: dict[str, torch.Tensor] = {}
-    loads = [0] * world_size
-    for name, parameter in engine.trained():
-        state = engine.state(parameter)
-        owner = loads.index(min(loads))
-        loads[owner] += state["weight"].numel()
-        if owner == rank:
-            mine |= {f"{part}:{name}": tensor for part, tensor in state.items()}
-    file = _write_shard(mine, {"updates": str(engine.updates())}, store, run_id, next_step, rank) if mine else None
-    files: list[FileRecord | None] = [None] * world_size
-    dist.all_gather_object(files, file)
-    key = keys.checkpoint_manifest(run_id, next_step)
-    if rank == 0:
-        manifest = CheckpointManifest(
-            run_id=run_id,
-            step=next_step,
-            samples_seen=samples_seen,
-            world_size=world_size,
-            files=tuple(file for file in files if file),
-            created_at=records.now(),
-        )
-        store.put(key, manifest.to_bytes())
-    return key
-
-
-def _write_shard(
-    tensors: dict[str, torch.Tensor], metadata: dict[str, str], store: Store, run_id: str, step: int, rank: int
-) -> FileRecord:
-    name = f"state-{rank:05d}.safetensors"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        save_file(tensors, path, metadata)
-        store.upload(path, keys.checkpoint_prefix(run_id, step) + name)
-        return records.describe_file(path, name)
-
-
-def steps(store: Store, run_id: str) -> list[int]:
-    """The steps that have a committed checkpoint, in order."""
-    prefix = keys.checkpoints_prefix(run_id)
-    names = (item.key.removeprefix(prefix) for item in store.list(prefix))
-    return sorted(int(name.split("/")[0]) for name in names if name.endswith("/manifest.json"))
-
-
-def load_latest(store: Store, run_id: str) -> Restored | None:
+def load_latest(store: Store, run_id: str) -> Found:
     """The newest checkpoint that is whole, verified byte by byte; damaged ones are named and passed over.
 
     A collective: rank 0 chooses, so that no two ranks can resume at different steps.
     """
-    restored = _newest_whole(store, run_id) if dist.get_rank() == 0 else None
-    chosen: list[int | None] = [restored.next_step if restored else None]
+    chosen: list[Any] = [None]
+    if dist.get_rank() == 0:
+        found = newest_whole(store, run_id)
+        chosen = [(found.restored.next_step if found.restored else None, found.passed_over)]
+        dist.broadcast_object_list(chosen)
+        return found
     dist.broadcast_object_list(chosen)
-    if restored or chosen[0] is None:
-        return restored
-    return _load(store, run_id, chosen[0])
+    step, passed_over = chosen[0]
+    return Found(load(store, run_id, step) if step is not None else None, passed_over)
 
 
-def _newest_whole(store: Store, run_id: str) -> Restored | None:
-    for step in reversed(steps(store, run_id)):
+def newest_whole(store: Store, run_id: str) -> Found:
+    """As `load_latest`, for one process."""
+    passed_over: list[str] = []
+    for step in reversed(runs.checkpoint_steps(store, run_id)):
         try:
-            return _load(store, run_id, step)
+            return Found(load(store, run_id, step), passed_over)
         except (ObjectDamaged, ObjectNotFound) as error:
-            say(f"warning: checkpoint {step} of {run_id} cannot be used, trying the one before: {error}")
-    return None
+            passed_over.append(f"checkpoint {step} cannot be used: {error}")
+    return Found(None, passed_over)
 
 
-def _load(store: Store, run_id: str, step: int) -> Restored:
-    manifest = records.read(store, keys.checkpoint_manifest(run_id, step), CheckpointManifest)
-    states: dict[str, State] = {}
-    updates = 0
-    with tempfile.TemporaryDirectory() as folder:
-        records.fetch_files(store, keys.checkpoint_prefix(run_id, step), manifest.files, Path(folder))
-        for path in (Path(folder) / file.file for file in manifest.files):
-            with safe_open(path, "pt") as shard:
-                updates = int(shard.metadata()["updates"])
-            for part, name, tensor in _entries(load_file(path)):
-                states.setdefault(name, {})[part] = tensor
-    return Restored(manifest.step, manifest.samples_seen, updates, states)
+def load(store: Store, run_id: str, step: int) -> Restored:
+    """One checkpoint, its shards fetched and verified once a node. Raises ObjectDamaged, ObjectNotFound."""
+    key = keys.checkpoint_manifest(run_id, step)
+    manifest = records.read(store, key, CheckpointManifest)
+    above = models.cache_folder() / "checkpoints"
+    above.mkdir(parents=True, exist_ok=True)
+    # Named by its content, because a step that was damaged may be written again.
+    folder = above / f"{run_id}-{step}-{sha256(manifest.to_bytes()).hexdigest()[:16]}"
+    with (above / f"{run_id}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            for old in above.glob(f"{run_id}-*-*"):  # open files stay readable
+                shutil.rmtree(old, ignore_errors=True)
+            partial = above / f"{run_id}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            records.fetch_files(store, keys.checkpoint_prefix(run_id, step), manifest.files, partial)
+            partial.rename(folder)
+        return Restored(manifest, folder)
 
 
-def _entries(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, str, torch.Tensor]]:
-    for key, tensor in tensors.items():
-        part, _, name = key.partition(":")
-        yield part, name, tensor
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the last ones, the best by a metric (lower is better), and every Nth step's."""
+
+    last: int
+    best: int = 0
+    every: int | None = None
+
+
+def kept(found: dict[int, float | None], retention: Retention) -> set[int]:
+    """Of checkpoints by step, with the metric where there is one, those that stay. Pure."""
+    ranked = sorted((metric, step) for step, metric in found.items() if metric is not None)
+    last = sorted(found)[-retention.last :]
+    best = [step for _, step in ranked[: retention.best]]
+    nth = [step for step in found if retention.every and step % retention.every == 0]
+    return {*last, *best, *nth}
+
+
+def collect(store: Store, run_id: str, retention: Retention) -> list[int]:
+    """Delete what no committed and kept checkpoint refers to, manifests first. Returns the steps that went.
+
+    What lies above the newest commit is left alone: it may be on its way.
+    """
+    prefix = keys.checkpoints_prefix(run_id)
+    files: dict[int, list[str]] = {}
+    for item in store.list(prefix):
+        files.setdefault(int(item.key.removeprefix(prefix).split("/")[0]), []).append(item.key)
+    manifests: dict[int, CheckpointManifest] = {}
+    for step, names in files.items():
+        key = keys.checkpoint_manifest(run_id, step)
+        if key in names:
+            try:
+                manifests[step] = records.read(store, key, CheckpointManifest)
+            except StoreError:  # nothing is deleted on the word of a record that cannot be read
+                return []
+    stay = kept({step: each.metric for step, each in manifests.items()}, retention)
+    newest = max(manifests, default=-1)
+    for step in (step for step in files if step < newest and step not in stay):
+        manifest = keys.checkpoint_manifest(run_id, step)
+        for key in sorted(files[step], key=lambda key: key != manifest):
+            store.delete(key)
+    for step in stay:
+        named = {keys.checkpoint_prefix(run_id, step) + file.file for file in manifests[step].files}
+        for key in set(files[step]) - named - {keys.checkpoint_manifest(run_id, step)}:
+            store.delete(key)
+    return sorted(set(manifests) - stay)

@@ -145,7 +145,7 @@ def list_runs(store: StoreUrl, as_json: AsJson = False) -> None:
                 "state": found.state,
                 "base": found.record.base.name,
                 "steps": last["step"] + 1 if last else 0,
-                "loss": round(last["loss"], 4) if last else None,
+                "loss": round(last["loss"], 4) if last and last["loss"] is not None else None,
                 "created_at": found.record.created_at,
             }
         )

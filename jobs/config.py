@@ -53,16 +53,34 @@ class TrainConfig(Config):
     epochs: PositiveInt | None = Field(None, description="passes over the data; instead of steps")
     global_batch: PositiveInt = Field(16, description="packed sequences of one optimizer step, over all workers")
     micro_batch: PositiveInt = Field(1, description="packed sequences of one forward pass of one worker")
-    workers: PositiveInt = 1
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        1, description="how many; or [fewest, most], to take what the cluster has room for, while it runs too"
+    )
     zero: Literal["auto", 0, 1, 2, 3] = Field("auto", description="ZeRO stage (Rajbhandari et al. 2019)")
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     seed: NonNegativeInt = 0
-    max_failures: NonNegativeInt = Field(3, description="lost workers to recover from, each from the last checkpoint")
+    max_failures: NonNegativeInt = Field(
+        3, description="failures to recover from, each from the last checkpoint; pre-emption is none"
+    )
+    max_skipped: NonNegativeInt = Field(
+        3, description="steps in a row whose loss or gradient is not finite, and which are skipped, before the run ends"
+    )
+    resize_s: PositiveFloat = Field(60.0, description="seconds between looks for room for more workers")
+
+    @property
+    def fewest(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
+        if self.fewest > self.most:
+            raise ValueError(f"workers: [{self.fewest}, {self.most}] has the larger number first")
         return self
 
 
@@ -85,9 +103,14 @@ class ScheduleConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """When training state is saved."""
+    """When training state is saved, and what of it stays."""
 
     every_steps: PositiveInt | None = Field(None, description="also after the last step; only then when left out")
+    keep_last: PositiveInt = Field(2, description="how many of the newest checkpoints stay")
+    keep_best: NonNegativeInt = Field(0, description="how many of those with the lowest evaluation loss (or loss) stay")
+    keep_every_steps: PositiveInt | None = Field(None, description="those of every so many steps stay too")
+    evaluate: bool = Field(False, description="measure the loss on data.evaluation at each checkpoint")
+    store_patience_s: PositiveFloat = Field(900.0, description="how long a store may be out of reach before a run ends")
 
 
 class PublishConfig(Config):
@@ -119,6 +142,13 @@ class Recipe(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     publish: PublishConfig | None = None
+    from_: str | None = Field(
+        None, alias="from", description="RUN or RUN@STEP of the same store: begin with the weights of that checkpoint"
+    )
+
+    def at(self, **train: int) -> "Recipe":
+        """This recipe with other values in its `train` section."""
+        return self.model_copy(update={"train": self.train.model_copy(update=train)})
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -130,6 +160,8 @@ class Recipe(Config):
                 f"{self.train.global_batch}; lower it"
             )
         check_url(self.store)
+        if self.checkpoint.evaluate and not self.data.evaluation:
+            raise ValueError("checkpoint.evaluate has no effect without data.evaluation; name held-out files there")
         if self.method.kind == "lora" and self.publish and self.publish.name == self.model.name:
             raise ValueError(
                 f"publish.name {self.publish.name} is the base model's own name, and that answers for itself; "

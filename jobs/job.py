@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.records import BaseModelRef
+from cluster.records import BaseModelRef, CheckpointRef
 from cluster.store import Store
 from jobs.config import Recipe
 
@@ -18,5 +18,6 @@ class Job:
     zero: int
     dataset: str
     evaluation: str | None
+    parent: CheckpointRef | None
     store: Store
     board: Any

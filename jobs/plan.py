@@ -64,7 +64,7 @@ def shape_of(model: ModelConfig) -> Shape | None:
 def make_plan(recipe: Recipe, shape: Shape) -> Plan:
     """Choose the ZeRO stage and count. Raises PlanError when it cannot fit at any allowed stage."""
     stages = [0, 1, 2, 3] if recipe.train.zero == "auto" else [recipe.train.zero]
-    if recipe.train.workers == 1 and recipe.train.zero == "auto":
+    if recipe.train.fewest == 1 and recipe.train.zero == "auto":
         stages = [0]
     plans = [_plan_at(recipe, shape, stage) for stage in stages]
     chosen = next((plan for plan in plans if plan.fits), None)
@@ -85,9 +85,9 @@ def _plan_at(recipe: Recipe, shape: Shape, stage: int) -> Plan:
     layer = 14 * shape.hidden_size + 3 * shape.intermediate_size
     layers = shape.num_hidden_layers
     per_token = layers * shape.hidden_size + layer if train.activation_checkpointing else layers * layer
-    per_worker = -(-train.global_batch // train.workers)
+    per_worker = -(-train.global_batch // train.fewest)
     return Plan(
-        workers=train.workers,
+        workers=train.fewest,
         zero=stage,
         zero_reason=_reason(recipe, stage),
         global_batch=train.global_batch,
@@ -96,9 +96,9 @@ def _plan_at(recipe: Recipe, shape: Shape, stage: int) -> Plan:
         tokens_per_step=train.global_batch * recipe.data.sequence_length,
         parameters=shape.parameters,
         trained_parameters=trained,
-        weights_bytes=weight * shape.parameters // (train.workers if stage >= 3 else 1),
-        gradient_bytes=weight * trained // (train.workers if stage >= 2 else 1),
-        optimizer_bytes=(12 if weight == 2 else 8) * trained // (train.workers if stage >= 1 else 1),
+        weights_bytes=weight * shape.parameters // (train.fewest if stage >= 3 else 1),
+        gradient_bytes=weight * trained // (train.fewest if stage >= 2 else 1),
+        optimizer_bytes=(12 if weight == 2 else 8) * trained // (train.fewest if stage >= 1 else 1),
         activation_bytes=weight * tokens * per_token,
         logits_bytes=(weight + 8) * tokens * shape.vocab_size,
         memory_bytes=int(recipe.cluster.memory_gb_per_worker * GIB),
@@ -130,7 +130,7 @@ def trained_parameters(recipe: Recipe, shape: Shape) -> int:
 def _reason(recipe: Recipe, stage: int) -> str:
     if recipe.train.zero != "auto":
         return "as the recipe says"
-    if recipe.train.workers == 1:
+    if recipe.train.fewest == 1:
         return "one worker has nothing to share"
     return ("fits without sharding", "optimizer sharded, because it does not fit otherwise",
             "optimizer and gradients sharded, because they do not fit otherwise",

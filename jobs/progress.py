@@ -8,13 +8,15 @@ import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
 from cluster import keys
 from cluster.errors import LuthierError
+from cluster.records import FileRecord, RunState
 from cluster.store import Store
+from jobs import runs
 
 FLUSH_S = 10.0
 """A part of metrics.jsonl covers at most about this long: what a lost worker can take with it."""
@@ -24,11 +26,14 @@ PUSH_S = 0.5
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step, over all workers. Losses are per supervised token; `cpu_s` is rank 0's processor time."""
+    """One optimizer step, over all workers. Losses are per supervised token; `cpu_s` is rank 0's processor time.
+
+    A step whose loss or gradient is not finite changes nothing: it has neither figure here, and is `skipped`.
+    """
 
     step: int
-    loss: float
-    grad_norm: float
+    loss: float | None
+    grad_norm: float | None
     lr: float
     tokens: int
     supervised_tokens: int
@@ -40,31 +45,86 @@ class StepRecord:
     checkpoint_stall_s: float
     padding_fraction: float
     world_size: int
+    skipped: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
 
+Request = Literal["stop", "move"]
+"""What the driver asks of the workers: to save and end; or to save and start again, elsewhere or in another number."""
+
+
+@dataclass(frozen=True)
+class Stall:
+    """A rank whose training loop stands still: since when, doing what, and its stack, innermost call last."""
+
+    rank: int
+    seconds: float
+    doing: str
+    stack: str
+
+
 class Board:
-    """An actor between driver and rank 0: steps and the result one way, a request to stop the other."""
+    """An actor between driver and workers: steps, results and troubles one way, requests the other."""
 
     def __init__(self) -> None:
         self._steps: list[StepRecord] = []
+        self._checkpoint: str | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what an earlier attempt left: another is about to start."""
         self._result: dict[str, Any] | LuthierError | None = None
-        self._is_stopping = False
+        self._requests: set[Request] = set()
+        self._nodes: dict[int, str] = {}
+        self._stalls: dict[int, Stall] = {}
+        self._files: dict[tuple[int, int], dict[int, FileRecord | None]] = {}
 
-    def push(self, steps: list[StepRecord]) -> bool:
-        """Take steps. Returns whether the run shall save and stop."""
+    def join(self, rank: int, node: str) -> None:
+        """A worker says on which node it is."""
+        self._nodes[rank] = node
+
+    def push(self, steps: list[StepRecord]) -> set[Request]:
+        """Take steps. Returns what the workers are asked to do."""
         self._steps += steps
-        return self._is_stopping
+        return self._requests
 
-    def stop(self) -> None:
-        """Ask the workers to save and stop."""
-        self._is_stopping = True
+    def ask(self, request: Request) -> None:
+        """Ask something of the workers; they hear of it within a step or two."""
+        self._requests.add(request)
+
+    def stored(
+        self, attempt: int, step: int, world_size: int, rank: int, file: FileRecord | None
+    ) -> list[FileRecord] | None:
+        """A rank has stored its shard (or has none). Returns all files to the last rank that says so."""
+        files = self._files.setdefault((attempt, step), {})
+        files[rank] = file
+        if len(files) < world_size:
+            return None
+        del self._files[attempt, step]
+        return [file for _, file in sorted(files.items()) if file]
+
+    def committed(self, checkpoint: str) -> None:
+        """A checkpoint's manifest has been written under this key."""
+        self._checkpoint = checkpoint
+
+    def checkpoint(self) -> str | None:
+        """The key of the newest manifest."""
+        return self._checkpoint
+
+    def stalled(self, stall: Stall) -> None:
+        """A worker says that it stands still."""
+        self._stalls[stall.rank] = stall
+
+    def look(self) -> tuple[dict[int, str], list[Stall]]:
+        """Each rank's node, and the ranks that stand still."""
+        return self._nodes, [stall for _, stall in sorted(self._stalls.items())]
 
     def finish(self, result: dict[str, Any] | LuthierError) -> None:
-        """Leave the run's result, or the error that every further attempt would meet too."""
-        self._result = result
+        """Leave the attempt's result, or the error that every further attempt would meet too. The first one counts."""
+        if self._result is None:
+            self._result = result
 
     def take(self) -> list[StepRecord]:
         """The steps since the last take."""
@@ -89,7 +149,7 @@ class Recorder:
         self._writer = ThreadPoolExecutor(1, "metrics")
         self._writes: list[Future[None]] = []
         self._answer: Any = None  # of the board to the last push
-        self._is_stopping = False
+        self._requests: set[Request] = set()
 
     def record(self, step: StepRecord) -> None:
         """Note a step; returns at once."""
@@ -101,28 +161,29 @@ class Recorder:
         if now - self._flushed_at > FLUSH_S:
             self._flush(now)
 
-    def is_stopping(self) -> bool:
-        """Whether somebody asked the run to stop, as far as is known without waiting."""
+    def tell(self, text: str, step: int, state: RunState | None = None) -> None:
+        """Append an event to the run's log; returns at once."""
+        self._writes.append(self._writer.submit(runs.tell, self._store, self._run_id, text, state, step=step))
+
+    def requests(self) -> set[Request]:
+        """What the driver asks, as far as is known without waiting."""
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
-            self._is_stopping |= ray.get(self._answer)
+            self._requests |= ray.get(self._answer)
             self._answer = None
-        return self._is_stopping
+        return self._requests
+
+    def flush(self) -> list[Future[None]]:
+        """Send all steps so far to the store. Returns the writes that are under way."""
+        self._flush(time.monotonic())
+        self._writes = [write for write in self._writes if not write.done() or write.exception()]
+        return list(self._writes)
 
     def close(self) -> None:
-        """Write the rest, as `settle` does, and end."""
+        """Have everything in the store; raises what a write in the background raised."""
         self._push(time.monotonic())
-        self.settle()
-        self._writer.shutdown()
-
-    def settle(self) -> None:
-        """Have all steps so far in the store; raises what a write in the background raised.
-
-        Called before a checkpoint is committed: what is not written then would never be done again.
-        """
-        self._flush(time.monotonic())
-        for write in self._writes:
+        for write in self.flush():
             write.result()
-        self._writes = []
+        self._writer.shutdown()
 
     def _push(self, now: float) -> None:
         self._answer = self._board.push.remote(self._unpushed)

@@ -12,10 +12,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+from uuid import uuid4
 
 from cluster import keys, records
 from cluster.errors import InputError, ObjectDamaged, ObjectExists, ObjectNotFound
-from cluster.records import ENDED, AttemptRecord, Heartbeat, Record, RunEvent, RunRecord, RunState, StopRequest
+from cluster.records import (
+    ENDED,
+    AttemptRecord,
+    CheckpointRef,
+    Heartbeat,
+    Record,
+    RunEvent,
+    RunRecord,
+    RunState,
+    StopRequest,
+)
 from cluster.store import Store
 
 HEARTBEAT_S = 10.0
@@ -51,11 +62,18 @@ def tell(
     _append(store, keys.events_prefix(run_id), lambda number: keys.event(run_id, number), lambda _: event)
 
 
-def begin_attempt(store: Store, run_id: str, first_step: int, world_size: int) -> int:
+def begin_attempt(store: Store, run_id: str, first_step: int, world_size: int, micro_batch: int) -> int:
     """Take the next attempt's number."""
 
     def made(number: int) -> AttemptRecord:
-        return AttemptRecord(number=number, first_step=first_step, world_size=world_size, at=records.now())
+        return AttemptRecord(
+            number=number,
+            id=uuid4().hex,
+            first_step=first_step,
+            world_size=world_size,
+            micro_batch=micro_batch,
+            at=records.now(),
+        )
 
     return _append(store, keys.attempts_prefix(run_id), lambda number: keys.attempt(run_id, number), made)
 
@@ -83,9 +101,17 @@ def clear_stop_requests(store: Store, run_id: str) -> None:
         store.delete(item.key)
 
 
-def beat(store: Store, run_id: str) -> None:
+def beat(store: Store, run_id: str, driver: str) -> None:
     """Say that the driver lives."""
-    store.put(keys.heartbeat(run_id), Heartbeat(at=records.now()).to_bytes())
+    store.put(keys.heartbeat(run_id), Heartbeat(at=records.now(), driver=driver).to_bytes())
+
+
+def driver_of(store: Store, run_id: str) -> str | None:
+    """Which driver said last that it lives."""
+    try:
+        return records.read(store, keys.heartbeat(run_id), Heartbeat).driver
+    except ObjectNotFound:
+        return None
 
 
 def find(store: Store, run_id: str) -> Run:
@@ -100,6 +126,24 @@ def find(store: Store, run_id: str) -> Run:
         ) from None
     events = read_events(store, run_id)
     return Run(record, _state(events, _silent_s(store, run_id)), events)
+
+
+def checkpoint_steps(store: Store, run_id: str) -> list[int]:
+    """The steps that have a committed checkpoint, in order."""
+    prefix = keys.checkpoints_prefix(run_id)
+    names = (item.key.removeprefix(prefix) for item in store.list(prefix))
+    return sorted(int(name.split("/")[0]) for name in names if name.endswith("/manifest.json"))
+
+
+def find_checkpoint(store: Store, reference: str) -> CheckpointRef:
+    """The checkpoint that RUN (its newest) or RUN@STEP names. Raises InputError when there is none."""
+    run_id, _, step = reference.partition("@")
+    find(store, run_id)
+    steps = checkpoint_steps(store, run_id)
+    if not steps or (step and (not step.isdecimal() or int(step) not in steps)):
+        have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+        raise InputError(f"from={reference}: no such checkpoint of run {run_id}; {have}")
+    return CheckpointRef(run_id=run_id, step=int(step) if step else steps[-1])
 
 
 def run_ids(store: Store) -> list[str]:

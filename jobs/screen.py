@@ -67,7 +67,5 @@ class Screen:
 
 def figures(step: StepRecord) -> str:
     """A step in a few figures."""
-    return (
-        f"loss {step.loss:.4f}  grad {step.grad_norm:.2f}  lr {step.lr:.2e}  "
-        f"{step.tokens_per_s:,.0f} tokens/s  {step.samples_seen:,} samples"
-    )
+    result = "not finite: skipped" if step.skipped else f"loss {step.loss:.4f}  grad {step.grad_norm:.2f}"
+    return f"{result}  lr {step.lr:.2e}  {step.tokens_per_s:,.0f} tokens/s  {step.samples_seen:,} samples"

@@ -7,8 +7,10 @@ Runs inside Ray Train's worker group: torch.distributed is up (gloo on CPUs, NCC
 
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +20,12 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor
 
-from cluster import keys, models
-from cluster.errors import InputError, ObjectDamaged, RegistryError, RunFailed
+from cluster import models
+from cluster.errors import InputError, LuthierError, ObjectDamaged, OutOfMemory, RegistryError, RunFailed, StoreError
+from cluster.logs import say
+from cluster.patient import Outage, PatientStore
 from jobs import checkpoint, lora, publish, runs
+from jobs.checkpoint import Retention
 from jobs.config import FullConfig
 from jobs.dataset import Dataset
 from jobs.job import Job
@@ -29,38 +34,73 @@ from jobs.model import load_model
 from jobs.objectives import PackedRow, pack_row, supervised_logits
 from jobs.packing import SampleSchedule
 from jobs.progress import Recorder, StepRecord
+from jobs.saver import Position, Saver
 from jobs.schedule import learning_rate
+from jobs.watchdog import Watchdog
 from jobs.zero import ZeroEngine, join_process_group, put_weights, sharded_loading
 
 PROBE_TOKENS = 64
+State = Literal["succeeded", "stopped", "moving"]
+"""How an attempt ends that does not fail. A moving run has saved its state, and goes on in another attempt."""
 
 
 def work(job: Job) -> None:
     """Train, checkpoint, publish; the result, or a refusal, is left on the board.
 
-    Ray Train starts the workers again after any error that they raise. A refusal (a model, data or an adapter that
-    cannot be used, a loss that is not finite) would only be met again, so it is told and not raised.
+    The driver starts the workers again after any error that they raise. A refusal (a model, data or an adapter that
+    cannot be used, a loss that stays infinite) would only be met again, so it is told and not raised.
     """
+    job = replace(job, store=PatientStore(job.store, job.recipe.checkpoint.store_patience_s, outage_teller(job)))
     try:
         _work(job)
     except (InputError, RegistryError, ObjectDamaged, RunFailed) as refusal:
         ray.get(job.board.finish.remote(refusal))
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        ray.get(job.board.finish.remote(OutOfMemory(f"{str(error).strip().splitlines()[0]}")))
+        raise  # the other ranks wait for this one
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a class for a GPU's memory alone."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in said
+
+
+def outage_teller(job: Job) -> Callable[[Outage], None]:
+    """What writes an outage of the store that is over into the run's log."""
+    store, run_id = job.store, job.run_id
+
+    def tell(outage: Outage) -> None:
+        text = f"the store was out of reach for {outage.seconds:.0f} s from {outage.began_at} on: {outage.error}"
+        say(f"warning: {text}")
+        with suppress(StoreError):  # it may go on for others than this rank
+            runs.tell(store, run_id, text)
+
+    return tell
 
 
 def _work(job: Job) -> None:
     recipe = job.recipe
+    rank = dist.get_rank()
+    ray.get(job.board.join.remote(rank, ray.get_runtime_context().get_node_id()))
     torch.set_num_threads(recipe.cluster.cpus_per_worker)
     keep_freed_memory()
     transformers.utils.logging.disable_progress_bar()
     join_process_group()
     dataset = Dataset.fetch(job.store, job.dataset)
     folder = models.fetch(recipe.model, job.base, job.store)
-    engine, restored = _prepare(job, folder)
-    trainer = Trainer(job, engine, dataset, restored)
-    is_whole = trainer.train()
+    engine, found = _prepare(job, folder)
+    trainer = Trainer(job, engine, dataset, found)
+    try:
+        state = trainer.train()
+    except RunFailed:
+        trainer.give_up()
+        raise
     metrics = trainer.finish()
     published = None
-    if recipe.publish and is_whole:
+    if recipe.publish and state == "succeeded":
         if isinstance(recipe.method, FullConfig):
             published = publish.publish_model(engine, job.store, recipe.publish.name, folder, recipe.model, job.run_id)
         else:
@@ -68,19 +108,20 @@ def _work(job: Job) -> None:
             published = publish.publish_adapter(
                 engine, job.store, recipe.publish.name, job.base, recipe.model, ids, job.run_id, trainer.step, metrics
             )
-    if dist.get_rank() == 0:
+    if rank == 0:
+        checkpoint_key = ray.get(job.board.checkpoint.remote())
         result = {
-            "state": "succeeded" if is_whole else "stopped",
+            "state": state,
             "step": trainer.step,
             "metrics": metrics,
-            "checkpoint": trainer.last_checkpoint,
+            "checkpoint": checkpoint_key,
             "published": published,
         }
         ray.get(job.board.finish.remote(result))
 
 
-def _prepare(job: Job, folder: Any) -> tuple[ZeroEngine, checkpoint.Restored | None]:
-    """The model in its engine, as the newest checkpoint left it, if the run has one."""
+def _prepare(job: Job, folder: Any) -> tuple[ZeroEngine, checkpoint.Found]:
+    """The model in its engine, as the newest checkpoint left it, if the run has one, or the run that it starts from."""
     recipe = job.recipe
     torch.manual_seed(recipe.train.seed)
     model = load_model(folder, recipe.model.dtype, sharded_loading(job.zero, recipe.model.dtype))
@@ -88,16 +129,20 @@ def _prepare(job: Job, folder: Any) -> tuple[ZeroEngine, checkpoint.Restored | N
     if recipe.train.activation_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    restored = checkpoint.load_latest(job.store, job.run_id)
-    if restored:
-        put_weights(trained, restored.states, job.zero)
-    return ZeroEngine(trained, recipe.optimizer, job.zero, recipe.model.dtype), restored
+    found = checkpoint.load_latest(job.store, job.run_id)
+    if found.restored:
+        put_weights(trained, found.restored, job.zero)
+    elif job.parent:
+        begin = checkpoint.load(job.store, job.parent.run_id, job.parent.step)
+        put_weights(trained, begin, job.zero)
+        begin.close()
+    return ZeroEngine(trained, recipe.optimizer, job.zero, recipe.model.dtype), found
 
 
 class Trainer:
     """The loop and its position: `step` is the next optimizer step."""
 
-    def __init__(self, job: Job, engine: ZeroEngine, dataset: Dataset, restored: checkpoint.Restored | None) -> None:
+    def __init__(self, job: Job, engine: ZeroEngine, dataset: Dataset, found: checkpoint.Found) -> None:
         recipe = job.recipe
         self._job = job
         self._engine = engine
@@ -112,47 +157,79 @@ class Trainer:
         )
         self.total_steps = recipe.train.steps or (recipe.train.epochs or 1) * self._schedule.steps_per_epoch
         self.step = 0
-        self.last_checkpoint: str | None = None
         self._samples_seen = 0
         self._stall_s = 0.0
+        self._skipped_in_a_row = 0
         self._last: StepRecord | None = None
-        if restored:
-            self._resume(restored)
-        self._is_stopping = False
-        self._recorder = self._begin_attempt() if self._rank == 0 else None
+        self._evaluation = self._fetch_evaluation()
+        if found.restored:
+            self._resume(found.restored)
+        self._asked: State | None = None
+        self._is_any_full = False
+        self._has_failed = False
+        attempt: list[Any] = [self._begin_attempt(found) if self._rank == 0 else None]
+        dist.broadcast_object_list(attempt)
+        self._recorder = Recorder(job.store, job.run_id, attempt[0], job.board) if self._rank == 0 else None
+        keep = recipe.checkpoint
+        retention = Retention(keep.keep_last, keep.keep_best, keep.keep_every_steps)
+        self._saver = Saver(engine, job.store, job.run_id, attempt[0], self._rank, job.board, retention)
+        self._watchdog = Watchdog(job.board, self._rank)
 
-    def train(self) -> bool:
+    def train(self) -> State:
         """Every step that is left, each recorded, with the checkpoints that the recipe asks for.
 
-        Returns False when the run was asked to stop; its state is then saved.
+        Returns early, with the state on its way to the store, when the run is asked to stop or to move.
         """
         every = self._job.recipe.checkpoint.every_steps
-        while self.step < self.total_steps and not self._is_stopping:
+        is_due = False
+        while self.step < self.total_steps and not self._asked:
             self._last = self._one_step()
             if self._recorder:
                 self._recorder.record(self._last)
             self.step += 1
-            if self._is_stopping or self.step == self.total_steps or (every and self.step % every == 0):
+            is_due |= bool(every and self.step % every == 0)
+            is_end = self._asked is not None or self.step == self.total_steps
+            # A skipped step is no state to go back to. A due checkpoint waits for room on every rank, but for the last.
+            if not self._last.skipped and (is_end or (is_due and not self._is_any_full)):
                 self._save()
-        return self.step == self.total_steps
+                is_due = False
+        self._watchdog.pause()
+        return "succeeded" if self.step == self.total_steps else self._asked or "stopped"
 
     def finish(self) -> dict[str, float]:
-        """Close the records. Returns the run's figures."""
-        metrics = {"loss": self._last.loss} if self._last else self._metrics_of_earlier_attempt()
-        if self._job.evaluation and self.step == self.total_steps:
-            metrics["evaluation_loss"] = self._evaluate(Dataset.fetch(self._job.store, self._job.evaluation))
-        if self._recorder:
-            self._recorder.close()
+        """Have everything in the store. Returns the run's figures."""
+        metrics = self._figures()
+        if self._evaluation and self.step == self.total_steps:
+            metrics["evaluation_loss"] = self._evaluate(self._evaluation)
+        self._close()
         return metrics
 
-    def _metrics_of_earlier_attempt(self) -> dict[str, float]:
-        """The loss, when a restart found all steps done."""
-        steps = list(runs.read_steps(self._job.store, self._job.run_id))
-        return {"loss": steps[-1]["loss"]} if steps else {}
+    def give_up(self) -> None:
+        """Have in the store what can still get there."""
+        with suppress(LuthierError):
+            self._saver.close()
+        with suppress(LuthierError):
+            if self._recorder:
+                self._recorder.close()
+
+    def _close(self) -> None:
+        self._saver.close()
+        if self._recorder:
+            self._recorder.close()
+        self._watchdog.close()
+        dist.barrier()  # every shard is stored, so the last checkpoint is committed
+
+    def _figures(self) -> dict[str, float]:
+        """The last step's loss, also when a restart found all steps done."""
+        if self._last:
+            return {"loss": self._last.loss} if self._last.loss is not None else {}
+        steps = [step["loss"] for step in runs.read_steps(self._job.store, self._job.run_id)]
+        return {"loss": steps[-1]} if steps and steps[-1] is not None else {}
 
     def _one_step(self) -> StepRecord:
-        recipe, engine = self._job.recipe, self._engine
+        recipe, engine, mark = self._job.recipe, self._engine, self._watchdog.mark
         began, cpu_began = time.perf_counter(), time.process_time()
+        mark(f"step {self.step}: reading samples")
         samples = np.concatenate(self._schedule.batch(self.step))
         supervised = int(self._dataset.supervised_counts[samples].sum())
         rows = self._rows(self._schedule.share(self.step, self._rank, engine.world_size))
@@ -161,6 +238,7 @@ class Trainer:
         engine.module.train()
         loss = torch.zeros((), dtype=torch.float64, device=engine.device)
         for index, row in enumerate(rows):
+            mark(f"step {self.step}: forward and backward of micro-batch {index}")
             # Dropout draws from a generator that the data alone decides, so that it is the same at any world size.
             torch.manual_seed(hash((recipe.train.seed, self.step, row.first_sample)) & 0xFFFFFFFF)
             logits = supervised_logits(engine.engine, row)
@@ -168,8 +246,13 @@ class Trainer:
             engine.accumulate(share, last=index == len(rows) - 1)
             loss += share.detach()
         rate = learning_rate(self.step, self.total_steps, recipe.optimizer.learning_rate, recipe.schedule)
+        self._settle()
+        mark(f"step {self.step}: reduction of gradients and the optimizer's step")
         norm = engine.step(rate)
-        loss = self._agree(loss, norm)
+        mark(f"step {self.step}: reduction of the loss")
+        loss = self._agree(loss)
+        is_finite = self._judge(loss.item(), norm)
+        self._watchdog.step_done()
 
         self._samples_seen += len(samples)
         tokens = int(self._dataset.lengths[samples].sum())
@@ -177,8 +260,8 @@ class Trainer:
         stall_s, self._stall_s = self._stall_s, 0.0
         return StepRecord(
             step=self.step,
-            loss=loss.item(),
-            grad_norm=norm,
+            loss=loss.item() if is_finite else None,
+            grad_norm=norm if is_finite else None,
             lr=rate,
             tokens=tokens,
             supervised_tokens=supervised,
@@ -190,42 +273,65 @@ class Trainer:
             checkpoint_stall_s=stall_s,  # of the checkpoint before this step
             padding_fraction=0.0,  # rows are as long as their samples
             world_size=engine.world_size,
+            skipped=not is_finite,
         )
 
-    def _agree(self, loss: Tensor, norm: float) -> Tensor:
-        """The step's loss over all ranks; and in the same message, whether to stop. Raises RunFailed on every rank."""
-        asked = self._recorder is not None and self._recorder.is_stopping()
-        both = torch.stack([loss, loss.new_tensor(float(asked))])
-        dist.all_reduce(both)
-        self._is_stopping = bool(both[1])
-        if not (torch.isfinite(both[0]) and math.isfinite(norm)):
-            if self._recorder:
-                self._recorder.close()
-            raise RunFailed(
-                f"run {self._job.run_id}: in step {self.step + 1} the loss is {both[0]:g} and the gradient's norm "
-                f"{norm:g}, so no step after it would mean anything; lower optimizer.learning_rate or "
-                f"optimizer.clip_norm, or lengthen schedule.warmup_steps (last checkpoint: {self.last_checkpoint})"
-            )
-        return both[0]
+    def _settle(self) -> None:
+        """Let the copy of the state be finished, before the optimizer changes it."""
+        began = time.perf_counter()
+        self._saver.settle()
+        self._stall_s += time.perf_counter() - began
 
-    def _begin_attempt(self) -> Recorder:
-        """Rank 0: note the start of this attempt, and what it has to do again."""
+    def _agree(self, loss: Tensor) -> Tensor:
+        """The step's loss over all ranks; and in the same message what all do next. Raises RunFailed on every rank."""
+        requests = self._recorder.requests() if self._recorder else set()
+        mine = ("stop" in requests, "move" in requests, self._saver.is_full, self._saver.failure is not None)
+        message = torch.stack([loss, *(loss.new_tensor(float(flag)) for flag in mine)])
+        dist.all_reduce(message)
+        stop, move, self._is_any_full, has_failed = (bool(flag) for flag in message[1:])
+        self._asked = "stopped" if stop else "moving" if move else None
+        if has_failed:
+            raise self._saver.failure or RunFailed(f"run {self._job.run_id}: a rank can store no checkpoint any more")
+        return message[0]
+
+    def _judge(self, loss: float, norm: float) -> bool:
+        """Whether the step counted; one that is not finite changed nothing. Raises RunFailed after many in a row."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self._skipped_in_a_row = 0
+            return True
+        self._skipped_in_a_row += 1
+        text = f"step {self.step}: the loss is {loss:g} and the gradient's norm {norm:g}"
+        allowed = self._job.recipe.train.max_skipped
+        if self._skipped_in_a_row > allowed:
+            raise RunFailed(
+                f"run {self._job.run_id}: {text}, after {allowed} such steps in a row that were skipped; lower "
+                "optimizer.learning_rate or optimizer.clip_norm, lengthen schedule.warmup_steps, or look at the samples"
+            )
+        if self._recorder:
+            self._recorder.tell(f"{text}, so it is skipped", step=self.step)
+        return False
+
+    def _begin_attempt(self, found: checkpoint.Found) -> int:
+        """Rank 0: note the start of this attempt, and what it has to do again. Returns its number."""
         job = self._job
+        for reason in found.passed_over:
+            say(f"warning: {reason}")
+            runs.tell(job.store, job.run_id, reason)
         done = list(runs.read_steps(job.store, job.run_id))
-        number = runs.begin_attempt(job.store, job.run_id, self.step, self._engine.world_size)
+        world_size, micro_batch = self._engine.world_size, job.recipe.train.micro_batch
+        number = runs.begin_attempt(job.store, job.run_id, self.step, world_size, micro_batch)
         lost = [step for step in done if step["step"] >= self.step]
         again = f"; {len(lost)} step(s) are done again" if lost else ""
         runs.tell(
             job.store,
             job.run_id,
-            f"attempt {number}: training from step {self.step} of {self.total_steps} on "
-            f"{self._engine.world_size} worker(s){again}",
+            f"attempt {number}: training from step {self.step} of {self.total_steps} on {world_size} worker(s){again}",
             "running",
             step=self.step,
             steps_lost=len(lost),
             seconds_lost=round(sum(step["step_s"] for step in lost), 3),
         )
-        return Recorder(job.store, job.run_id, number, job.board)
+        return number
 
     def _rows(self, packs: Sequence[npt.NDArray[np.int64]]) -> list[PackedRow]:
         """This rank's micro-batches: `micro_batch` packs to a row."""
@@ -237,15 +343,20 @@ class Trainer:
         return row_of(self._dataset, samples).to(self._engine.device)
 
     def _save(self) -> None:
+        if self._asked and self._recorder:
+            why = "asked to stop" if self._asked == "stopped" else "about to move"
+            self._recorder.tell(f"{why}: saving after step {self.step}", step=self.step, state="saving")
+        metric = self._last.loss if self._last else None
+        if self._evaluation and self._job.recipe.checkpoint.evaluate:
+            self._watchdog.pause()
+            metric = self._evaluate(self._evaluation)
+            if self._recorder:
+                self._recorder.tell(f"evaluation loss {metric:.4f} after step {self.step}", step=self.step)
         began = time.perf_counter()
-        job = self._job
-        if self._recorder:
-            if self._is_stopping:
-                text = f"asked to stop: saving after step {self.step}"
-                runs.tell(job.store, job.run_id, text, "saving", step=self.step)
-            self._recorder.settle()
-        self.last_checkpoint = checkpoint.save(self._engine, job.store, job.run_id, self.step, self._samples_seen)
-        self._stall_s = time.perf_counter() - began
+        self._watchdog.mark(f"step {self.step}: snapshot")
+        position = Position(self.step, self._engine.updates(), self._samples_seen, metric)
+        self._saver.begin(position, self._recorder.flush() if self._recorder else ())
+        self._stall_s += time.perf_counter() - began
 
     def _resume(self, restored: checkpoint.Restored) -> None:
         """Continue at the checkpoint's step. The moments exist only after a step, so one is taken at rate 0."""
@@ -253,9 +364,26 @@ class Trainer:
         self._engine.module.train()
         self._engine.accumulate(supervised_logits(self._engine.engine, row).sum() * 0.0, last=True)
         self._engine.step(0.0)
-        self._engine.restore_moments(restored.states, restored.updates)
+        self._engine.restore_moments(restored, restored.updates)
         self.step, self._samples_seen = restored.next_step, restored.samples_seen
-        self.last_checkpoint = keys.checkpoint_manifest(self._job.run_id, restored.next_step)
+        restored.close()
+
+    def _fetch_evaluation(self) -> Dataset | None:
+        """The held-out samples. Without them the run goes on, and says so: they measure, and change nothing."""
+        job = self._job
+        if not job.evaluation:
+            return None
+        try:
+            dataset, error = Dataset.fetch(job.store, job.evaluation), None
+        except LuthierError as missing:
+            dataset, error = None, missing
+        everywhere = torch.tensor(float(dataset is not None), device=self._engine.device)
+        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        if bool(everywhere):
+            return dataset
+        if error:
+            runs.tell(job.store, job.run_id, f"there is no evaluation: {error}")
+        return None
 
     @torch.no_grad()
     def _evaluate(self, dataset: Dataset) -> float:

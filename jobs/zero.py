@@ -1,30 +1,57 @@
 """The DeepSpeed engine: the one door to deepspeed, and where its stages differ from one another.
 
-Everything above this file sees one thing: `accumulate` a loss, `step` at a rate, read or restore a parameter's whole
-state. Where a stage keeps that state is known here alone:
+Everything above this file sees one thing: `accumulate` a loss, `step` at a rate, and the state as fragments: which
+elements of which parameter this rank keeps, in place and without a collective. Where a stage keeps them is known here:
 
-    stage 0, fp32   the parameter itself, and torch's optimizer state
-    stage 0, bf16   fp32 copies beside the parameters (DeepSpeed's unfused optimizer)
-    stages 1 to 3   shards of flat fp32 buffers; whole only by a collective that every rank must join
+    stage 0, fp32   the parameter itself, and torch's optimizer state; every rank has all, so ranks share them out
+    stage 0, bf16   fp32 copies beside the parameters (DeepSpeed's unfused optimizer); shared out likewise
+    stages 1, 2     this rank's stretch of one flat fp32 buffer over all parameters
+    stage 3         this rank's stretch of each parameter
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
 from jobs.config import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-State = dict[str, Tensor]
-"""A parameter's whole state, fp32 on the host: `weight`, `exp_avg`, `exp_avg_sq`, each of the parameter's shape."""
+PARTS = ("weight", *MOMENTS)
+"""What training keeps of a trained parameter, each in fp32."""
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of one trained parameter's elements that this rank keeps.
+
+    Attributes:
+        name: the parameter's; start: of its flattened elements, the first one here.
+        parts: by PARTS, the engine's own live tensors, flat and of one length. They change with every step.
+    """
+
+    name: str
+    start: int
+    parts: dict[str, Tensor]
+
+    @property
+    def count(self) -> int:
+        return self.parts["weight"].numel()
+
+
+class SavedState(Protocol):
+    """Training state as it was saved, whoever keeps it."""
+
+    def read(self, part: str, name: str, start: int, count: int) -> Tensor:
+        """`count` elements of a trained parameter's flattened part (PARTS), from `start` on, fp32 on the host."""
 
 
 def join_process_group() -> None:
@@ -161,31 +188,61 @@ class ZeroEngine:
                     return torch.as_tensor(master)
         raise AssertionError("a trained parameter has no fp32 copy")
 
-    def state(self, parameter: nn.Parameter) -> State:
-        """A trained parameter's weight and moments, whole, on the host. A collective from stage 1 on."""
-        if self._stage:
-            moments = {name: _present(safe_get_full_optimizer_state(parameter, name)) for name in MOMENTS}
+    def fragments(self) -> list[Fragment]:
+        """This rank's share of the training state: over all ranks, each element is in one fragment.
+
+        No collective. The optimizer must hold moments, which it does from its first step on.
+        """
+        if not self._stage:
+            return list(self._shared_out())
+        found = (self._fragment(name, parameter) for name, parameter in self.trained())
+        return [fragment for fragment in found if fragment and fragment.count]
+
+    def _shared_out(self) -> Iterator[Fragment]:
+        """Stage 0: whole parameters, each to the rank that has the fewest elements so far."""
+        loads = [0] * self.world_size
+        for name, parameter in self.trained():
+            owner = loads.index(min(loads))
+            loads[owner] += parameter.numel()
+            if owner == dist.get_rank():
+                yield self._fragment_here(name, parameter)
+
+    def _fragment_here(self, name: str, parameter: nn.Parameter) -> Fragment:
+        master = self._master(parameter)
+        held = {"weight": master.detach(), **{moment: self._adamw.state[master][moment] for moment in MOMENTS}}
+        return Fragment(name, 0, {part: tensor.view(-1) for part, tensor in held.items()})
+
+    def _fragment(self, name: str, parameter: Any) -> Fragment | None:
+        """Stages 1 to 3: what of a parameter lies on this rank; DeepSpeed notes it on the parameter itself."""
+        if self._stage == 3:
+            held = {moment: _present(safe_get_local_optimizer_state(parameter, moment)) for moment in MOMENTS}
+            held["weight"] = _present(safe_get_local_fp32_param(parameter))
+            start = dist.get_rank() * held["weight"].numel()
+            count = max(0, min(held["weight"].numel(), parameter.ds_numel - start))  # the last one is padded
+        elif parameter._hp_mapping is None:
+            return None
         else:
-            moments = {name: self._adamw.state[self._master(parameter)][name] for name in MOMENTS}
-        whole = {"weight": self._weight(parameter), **moments}
-        return {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in whole.items()}
+            mapping = parameter._hp_mapping
+            held = {moment: mapping.get_hp_fragment(moment) for moment in MOMENTS}
+            held["weight"] = mapping.get_hp_fragment()
+            start, count = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+        return Fragment(name, start, {part: held[part].detach().view(-1)[:count] for part in PARTS})
 
     def updates(self) -> int:
         """How many updates AdamW has made: its bias correction depends on it."""
         return int(next(iter(self._adamw.state.values()))["step"])
 
-    def restore_moments(self, states: Mapping[str, State], updates: int) -> None:
+    def restore_moments(self, saved: SavedState, updates: int) -> None:
         """Put back AdamW's moments and count. The weights must have been put back before this engine was made.
 
         The optimizer must already hold (any) moments: take one step at rate 0 first.
         """
-        for name, parameter in self.trained():
+        # At stage 0 every rank keeps every parameter; what it would save of them is not all it must restore.
+        everything = (self._fragment_here(name, parameter) for name, parameter in self.trained())
+        for fragment in self.fragments() if self._stage else everything:
             for moment in MOMENTS:
-                value = states[name][moment].to(self.device)
-                if self._stage:
-                    safe_set_full_optimizer_state(parameter, value, moment)
-                else:
-                    self._adamw.state[self._master(parameter)][moment].copy_(value)
+                value = saved.read(moment, fragment.name, fragment.start, fragment.count)
+                fragment.parts[moment].copy_(value)
         self._set_updates(updates)
 
     def _set_updates(self, updates: int) -> None:
@@ -193,13 +250,13 @@ class ZeroEngine:
             state["step"] = torch.full_like(torch.as_tensor(state["step"]), updates)
 
 
-def put_weights(model: nn.Module, states: Mapping[str, State], stage: int) -> None:
+def put_weights(model: nn.Module, saved: SavedState, stage: int) -> None:
     """Set the trained weights of a model that no engine holds yet; shards (stage 3) take their part."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=stage == 3), torch.no_grad():
                 if parameter.numel():
-                    parameter.copy_(states[name]["weight"])
+                    parameter.copy_(saved.read("weight", name, 0, parameter.numel()).view(parameter.shape))
 
 
 def _present(tensor: Tensor | None) -> Tensor:

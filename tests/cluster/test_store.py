@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from mmap import mmap
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster import records
 from cluster.errors import (
     ConfigError,
     InputError,
@@ -168,6 +170,37 @@ def test_a_big_file_goes_up_and_comes_down_whole(store: Store, tmp_path: Path) -
     store.download("big/file", target)
     assert target.read_bytes() == b"smaller now"
     assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("size", [1, 12345, (40 << 20) + 12345], ids=["one byte", "12 kB", "40 MiB"])
+def test_memory_goes_up_as_a_file_does(store: Store, tmp_path: Path, size: int) -> None:
+    data = random.Random(8).randbytes(size)
+    memory = mmap(-1, size)
+    memory.write(data)  # which leaves its position at the end
+    for _ in range(2):
+        store.upload(memory, "from/memory")
+        assert memory.tell() == size
+    store.download("from/memory", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == data
+    assert [info.size for info in store.list("from/")] == [size]
+    assert records.describe_memory(memory, "f") == records.describe_file(tmp_path / "copy", "f")
+
+    store.put("from/memory", b"old")
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda key: store.upload(memory, key), ["from/memory", "from/too"]))
+    assert store.get("from/memory") == store.get("from/too") == data
+    memory.close()  # raises if anything still looks into it
+
+
+def test_memory_that_cannot_be_uploaded_can_be_closed(server: S3Server, use_env: UseEnv, tmp_path: Path) -> None:
+    use_env(server.env | {"AWS_SECRET_ACCESS_KEY": "not-the-secret"})
+    memory = mmap(-1, 20 << 20)
+    with pytest.raises(StoreDenied):
+        S3Store("luthier", "p").upload(memory, "k")
+    FolderStore(tmp_path).put("a", b"")
+    with pytest.raises(StoreError, match="one key must not be the beginning of another"):
+        FolderStore(tmp_path).upload(memory, "a/b")
+    memory.close()
 
 
 def test_an_empty_file_goes_up_and_comes_down(store: Store, tmp_path: Path) -> None:

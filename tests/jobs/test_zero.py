@@ -1,4 +1,4 @@
-"""ZeRO stages 0 to 3 on one and two workers are the same mathematics, also across a save and a restore."""
+"""ZeRO stages 0 to 3 on one and three workers are the same mathematics, also across a save and a restore."""
 
 import json
 import os
@@ -46,9 +46,9 @@ def run(folder: Path, world_size: int, out: Path) -> Found:
 
 @pytest.fixture(scope="module")
 def both(tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> tuple[Found, Found]:
-    """On one process, and on two."""
+    """On one process, and on three, over which few parameters divide evenly."""
     folder = tmp_path_factory.mktemp("zero")
-    return run(tiny_models["qwen3"], 1, folder / "one.pt"), run(tiny_models["qwen3"], 2, folder / "two.pt")
+    return run(tiny_models["qwen3"], 1, folder / "one.pt"), run(tiny_models["qwen3"], 3, folder / "three.pt")
 
 
 @pytest.mark.parametrize(("dtype", "kind"), CASES)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs.driver import prepare_environment
+from jobs.attempts import prepare_environment
 
 prepare_environment("cpu")
 
@@ -21,9 +21,9 @@ from jobs.kernels import summed_cross_entropy
 from jobs.lora import prepare
 from jobs.model import load_model
 from jobs.objectives import PackedRow, supervised_logits
-from jobs.zero import State, ZeroEngine, join_process_group, put_weights, sharded_loading
+from jobs.zero import PARTS, SavedState, ZeroEngine, join_process_group, put_weights, sharded_loading
 
-STEPS, BREAK_AT, PACKS = 5, 3, 4
+STEPS, BREAK_AT, PACKS = 5, 3, 6
 LENGTHS = [7, 9, 16, 12]
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, clip_norm=0.5)
 
@@ -38,12 +38,31 @@ def rows(step: int) -> Iterator[PackedRow]:
         yield PackedRow(tokens[None], positions[None], LENGTHS, predicts, tokens[predicts + 1], 0, 1.0)
 
 
-def make(folder: Path, dtype: str, kind: str, stage: int, states: dict[str, State] | None = None) -> ZeroEngine:
+def make(folder: Path, dtype: str, kind: str, stage: int, saved: SavedState | None = None) -> ZeroEngine:
     method = LoraConfig(kind="lora", rank=4) if kind == "lora" else FullConfig(kind="full")
     model = prepare(load_model(folder, dtype, sharded_loading(stage, dtype)), method, seed=0, fused=stage < 3)
-    if states:
-        put_weights(model, states, stage)
+    if saved:
+        put_weights(model, saved, stage)
     return ZeroEngine(model, OPTIMIZER, stage, dtype)
+
+
+class Held:
+    """The state of an engine, put together from what each rank keeps."""
+
+    def __init__(self, engine: ZeroEngine) -> None:
+        mine = [(f.name, f.start, {part: f.parts[part].cpu().clone() for part in PARTS}) for f in engine.fragments()]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        pieces = sorted((piece for each in everyone for piece in each), key=lambda piece: piece[:2])
+        self._whole: dict[tuple[str, str], torch.Tensor] = {}
+        for name, start, parts in pieces:
+            for part, tensor in parts.items():
+                before = self._whole.get((part, name), torch.empty(0))
+                assert len(before) == start, "fragments neither overlap nor leave gaps"
+                self._whole[part, name] = torch.cat([before, tensor])
+
+    def read(self, part: str, name: str, start: int, count: int) -> torch.Tensor:
+        return self._whole[part, name][start : start + count]
 
 
 def train(engine: ZeroEngine, first: int, last: int) -> list[tuple[float, float]]:
@@ -67,13 +86,13 @@ def broken(folder: Path, dtype: str, kind: str, stage: int) -> list[tuple[float,
     """The same run, its state taken out in the middle and put into a new engine."""
     engine = make(folder, dtype, kind, stage)
     history = train(engine, 0, BREAK_AT)
-    states = {name: engine.state(parameter) for name, parameter in engine.trained()}
+    saved = Held(engine)
     updates = engine.updates()
-    again = make(folder, dtype, kind, stage, states)
+    again = make(folder, dtype, kind, stage, saved)
     again.module.train()
     again.accumulate(supervised_logits(again.engine, next(rows(0))).sum() * 0.0, last=True)
     again.step(0.0)
-    again.restore_moments(states, updates)
+    again.restore_moments(saved, updates)
     return history + train(again, BREAK_AT, STEPS)
 
 
