@@ -81,10 +81,16 @@ class LocalCluster:
 
     def add_node(self, cpus: int) -> subprocess.Popen[bytes]:
         """Start another Ray node, and wait until the cluster counts it. Killing the process kills the node."""
-        wanted = self._alive_nodes() + 1
+        before = self.alive()
         node = self._start(f"--address={self.address} --num-cpus={cpus}")
-        self._wait(lambda: self._alive_nodes() >= wanted, node, "the node did not join")
+        self._wait(lambda: bool(self.alive() - before), node, "the node did not join")
         return node
+
+    def alive(self) -> set[str]:
+        """Ray's ids of the nodes that live."""
+        answer = self._get("/nodes?view=summary")
+        raylets = [node["raylet"] for node in answer.json()["data"]["summary"]] if answer else []
+        return {raylet["nodeId"] for raylet in raylets if raylet.get("state") == "ALIVE"}
 
     def worker_pids(self, name: str) -> list[int]:
         """Process ids of this cluster's `ray::NAME` processes, by what they inherited: faults are made with them."""
@@ -140,13 +146,10 @@ class LocalCluster:
         return process
 
     def _wait_for_dashboard(self) -> None:
-        # The job API answers last, so whoever sees it answer can submit.
-        self._wait(lambda: self._get("/api/jobs/") is not None, self._processes[0], "the head did not come up")
-
-    def _alive_nodes(self) -> int:
-        answer = self._get("/nodes?view=summary")
-        nodes = answer.json()["data"]["summary"] if answer else []
-        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+        # The job API answers late, so whoever sees it answer can submit; and the head is not counted from the start.
+        head = self._processes[0]
+        self._wait(lambda: self._get("/api/jobs/") is not None, head, "the head did not come up")
+        self._wait(lambda: bool(self.alive()), head, "the head did not join itself")
 
     def _get(self, path: str) -> httpx.Response | None:
         headers = {"Authorization": f"Bearer {self._token.read_text()}"}

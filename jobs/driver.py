@@ -42,23 +42,34 @@ def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     if shape:
         make_plan(recipe, shape)
     store = open_store(recipe.store)
-    train_files = dataset.locate_all(recipe.data.train, store, Path.cwd())
-    evaluation_files = dataset.locate_all(recipe.data.evaluation, store, Path.cwd())
+    files = [dataset.locate_all(names, store, Path.cwd()) for names in (recipe.data.train, recipe.data.evaluation)]
     parent = runs.find_checkpoint(store, recipe.from_) if recipe.from_ else None
     with joined(recipe.cluster, recipe.train.fewest, recipe.train.most):
-        base = models.pin(recipe.model, store)
-        folder = models.fetch(recipe.model, base, store)
-        model_shape = read_shape(folder)
-        plan = make_plan(recipe, model_shape)
-        _check_model(folder, recipe)
-        say(summary(recipe, plan))
-        prepared = [_prepare(files, recipe, folder, store) for files in (train_files, evaluation_files) if files]
-        record = _write_record(store, recipe, base, prepared, parent)
-        say(f"run {record.run_id} in {store.url}")
-        if not recipe.publish:
-            say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
-        runs.tell(store, record.run_id, f"submitted by {getpass.getuser()}; {summary(recipe, plan)}", "preparing")
-        return _carry_out(record, recipe, model_shape, store)
+        record, shape = begin(recipe, files, parent, store)
+        return _carry_out(record, recipe, shape, store)
+
+
+def begin(
+    recipe: Recipe, files: list[list[tuple[str, Path]]], parent: CheckpointRef | None, store: Store
+) -> tuple[RunRecord, Shape]:
+    """Pin the model, tokenise, and write run.json: all that comes before a worker is taken.
+
+    Args:
+        files: those to train on, and those to evaluate on.
+    """
+    base = models.pin(recipe.model, store)
+    folder = models.fetch(recipe.model, base, store)
+    shape = read_shape(folder)
+    plan = make_plan(recipe, shape)
+    _check_model(folder, recipe)
+    say(summary(recipe, plan))
+    prepared = [_prepare(some, recipe, folder, store) for some in files if some]
+    record = _write_record(store, recipe, base, prepared, parent)
+    say(f"run {record.run_id} in {store.url}")
+    if not recipe.publish:
+        say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
+    runs.tell(store, record.run_id, f"submitted by {getpass.getuser()}; {summary(recipe, plan)}", "preparing")
+    return record, shape
 
 
 def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from pathlib import Path
 import pytest
 
 from cluster.nodes import LocalCluster
+from scripts.demo import tasks
 from scripts.demo.model import Architecture, make_model
+from tests.e2e.submit import started, write_rows
 from tests.servers import S3Server, shared
 
 
@@ -36,6 +38,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     os.environ["LUTHIER_CACHE"] = str(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes() -> Iterator[None]:
+    """No process that a test module started outlives it, whatever became of the test."""
+    yield
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    started.clear()
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +71,13 @@ def ray_cluster(cache: Path, s3: S3Server) -> Iterator[LocalCluster]:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> "TinyModels":
     return TinyModels(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 chats of the quickstart's own text."""
+    folder = tmp_path_factory.mktemp("rows")
+    return write_rows(folder / "orders.jsonl", list(tasks.rows("orders-json", "train"))[:300])
 
 
 class TinyModels:

@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 @dataclass(frozen=True)
 class Measure:
-    """One comparison. `ours` and `peer` hold a figure per round, paired; more is better.
+    """One comparison. `ours` and `peer` hold a figure per round, paired; more is better unless `unit` says otherwise.
 
     `notes` are further figures for the JSON object alone.
     """
@@ -47,25 +47,30 @@ class Measure:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "ours": round(median(self.ours), 3),
-            "peer": round(median(self.peer), 3),
-            "ratio": round(self.ratio, 3),
+            "ours": _rounded(median(self.ours)),
+            "peer": _rounded(median(self.peer)),
+            "ratio": _rounded(self.ratio),
             "unit": self.unit,
-            "ratio_min": round(min(self.ratios), 3),
-            "ratio_max": round(max(self.ratios), 3),
+            "ratio_min": _rounded(min(self.ratios)),
+            "ratio_max": _rounded(max(self.ratios)),
             "rounds": len(self.ours),
             **{name: float(f"{value:.4g}") for name, value in self.notes.items()},
         }
 
 
-def show(title: str, measures: Sequence[Measure], as_json: bool) -> None:
-    """Print the measures with machine, commit and date."""
-    where = {"machine": machine(), "commit": commit(), "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+def _rounded(figure: float) -> float:
+    """To three decimals, a small figure to three digits."""
+    return round(figure, 3) if figure >= 0.1 else float(f"{figure:.3g}")
+
+
+def show(title: str, measures: Sequence[Measure], as_json: bool, **more: str) -> None:
+    """Print the measures with machine, commit and date, and what `more` says of the circumstances."""
+    where = {"machine": machine(), "commit": commit(), "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"} | more
     if as_json:
         print(json.dumps({measure.name: measure.to_dict() for measure in measures} | where))
         return
     table = Table(title=title, caption=" · ".join(where.values()), title_justify="left", caption_justify="left")
-    table.add_column("beside")
+    table.add_column("beside", no_wrap=True)
     for heading in ("ours", "peer", "ratio", "lowest", "highest", "rounds"):
         table.add_column(heading, justify="right")
     table.add_column("unit")
@@ -74,8 +79,8 @@ def show(title: str, measures: Sequence[Measure], as_json: bool) -> None:
         ratios = (measure.ratio, min(measure.ratios), max(measure.ratios))
         table.add_row(
             measure.name,
-            *(f"{figure:,.1f}" for figure in figures),
-            *(f"{ratio:.2f}" for ratio in ratios),
+            *(f"{figure:,.1f}" if figure >= 10 else f"{figure:.3g}" for figure in figures),
+            *(f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}" for ratio in ratios),
             str(len(measure.ours)),
             measure.unit,
         )

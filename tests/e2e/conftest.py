@@ -11,17 +11,9 @@ import pytest
 from cluster.nodes import LocalCluster
 from cluster.store import Store, open_store
 from jobs.runs import read_steps
-from scripts.demo import tasks
 from tests.conftest import TinyModels
-from tests.e2e.submit import train, write_recipe, write_rows
+from tests.e2e.submit import train, write_recipe
 from tests.servers import S3Server
-
-
-@pytest.fixture(scope="session")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 chats of the quickstart's own text."""
-    folder = tmp_path_factory.mktemp("rows")
-    return write_rows(folder / "orders.jsonl", list(tasks.rows("orders-json", "train"))[:300])
 
 
 @pytest.fixture(scope="session")

@@ -1,17 +1,25 @@
-"""Submitting real jobs, with the real `ray job submit`, to the cluster that all tests share."""
+"""Real jobs: with the real `ray job submit`, or as processes here that can be killed."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.nodes import LocalCluster
+import torch
+from safetensors.torch import load_file
 
+from cluster import keys, records, registry
+from cluster.nodes import LocalCluster
+from cluster.store import Store
+
+DEADLINE_S = 240.0
 ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).parent / "ray"
+started: "list[subprocess.Popen[str]]" = []
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ def write_recipe(
     store: str,
     method: str = "{kind: lora, rank: 8}",
     sequence_length: int = 256,
+    learning_rate: float = 5e-3,
 ) -> Path:
     """A recipe of eight steps on one worker, at a constant rate; tests override the rest."""
     path = folder / f"{name}.yaml"
@@ -70,9 +79,48 @@ store: {store}
 data: {{train: {json.dumps([str(file) for file in data])}, sequence_length: {sequence_length}}}
 method: {method}
 train: {{steps: 8, global_batch: 4, zero: 0}}
-optimizer: {{learning_rate: 5e-3}}
+optimizer: {{learning_rate: {learning_rate}}}
 schedule: {{kind: constant}}
 publish: {{name: {name}}}
 """
     )
     return path
+
+
+def start(cluster: LocalCluster, *command: str) -> subprocess.Popen[str]:
+    """A driver, or any command of ours, as a process here; it is ended with the test module at the latest."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env={**cluster.environment(), "RAY_ADDRESS": cluster.address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    started.append(process)
+    return process
+
+
+def said(cluster: LocalCluster, *command: str, code: int = 0) -> str:
+    """What a command prints, to its end."""
+    process = start(cluster, *command)
+    output = process.communicate()[0]
+    assert process.returncode == code, output
+    return output
+
+
+def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait for a condition, as long as the process lives. It looks often: a run may be over soon."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def adapter_weights(store: Store, reference: str, folder: Path) -> dict[str, torch.Tensor]:
+    """An adapter's tensors by name."""
+    record = registry.resolve(store, reference)
+    records.fetch_files(store, keys.adapter_version_prefix(record.name, record.version), record.files, folder)
+    loaded: dict[str, torch.Tensor] = load_file(folder / "adapter_model.safetensors")
+    return loaded

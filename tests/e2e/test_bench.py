@@ -1,4 +1,4 @@
-"""`scripts/bench train` works and says what DESIGN.md promises. Its figures are for people: no test looks at them."""
+"""`scripts/bench` works and says what DESIGN.md promises. Its figures are for people: no test looks at them."""
 
 import json
 import subprocess
@@ -23,6 +23,27 @@ def test_train_prints_one_json_object_with_its_measures() -> None:
         assert figures["ratio"] == round(figures["ours"] / figures["peer"], 3) or figures["rounds"] == 1
         assert figures["ratio_min"] <= figures["ratio"] <= figures["ratio_max"]
     assert 0 <= said["bare_loop"]["loss_difference_max"] <= 1e-3
+
+
+def test_checkpoint_prints_one_json_object_with_its_measures() -> None:
+    finished = subprocess.run([BENCH, "checkpoint", "--quick", "--json"], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    said = json.loads(finished.stdout)
+    wanted = {
+        *("stall", "stall_full", "stall_over_copy", "uploaded_bytes"),
+        *("upload_throughput", "restore_throughput", "seek_s", "recovery_s"),
+    }
+    assert set(said) == wanted | {"machine", "commit", "date", "server"}
+    for name in wanted:
+        assert said[name]["ours"] > 0
+        assert said[name]["peer"] > 0
+        assert said[name]["ratio_min"] <= said[name]["ratio"] <= said[name]["ratio_max"]
+    for name in ("zero_1", "zero_3"):
+        assert 1.0 <= said["uploaded_bytes"][name] < 1.1
+    recovery = said["recovery_s"]
+    parts = ("notice_s", "place_s", "prepare_s", "step_s")
+    assert recovery["ours"] >= 0.99 * sum(recovery[part] for part in parts)
+    assert recovery["resumed_at_step"] > 0
 
 
 def test_alone_it_lists_the_benchmarks_and_an_unknown_one_is_refused() -> None:

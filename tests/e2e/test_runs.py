@@ -3,60 +3,18 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from cluster import keys, records, registry
+from cluster import keys, registry
 from cluster.nodes import LocalCluster
 from cluster.store import Store, open_store
 from jobs import runs
 from tests.conftest import TinyModels
 from tests.e2e.conftest import Pair
-from tests.e2e.submit import ROOT, write_recipe
-
-DEADLINE_S = 240.0
-
-
-def start(cluster: LocalCluster, *command: str) -> subprocess.Popen[str]:
-    """A driver, or any command of ours, as a process here."""
-    return subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env={**cluster.environment(), "RAY_ADDRESS": cluster.address},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def said(cluster: LocalCluster, *command: str, code: int = 0) -> str:
-    """What a command prints, to its end."""
-    process = start(cluster, *command)
-    output = process.communicate()[0]
-    assert process.returncode == code, output
-    return output
-
-
-def until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def weights(store: Store, reference: str, folder: Path) -> dict[str, torch.Tensor]:
-    record = registry.resolve(store, reference)
-    records.fetch_files(store, keys.adapter_version_prefix(record.name, record.version), record.files, folder)
-    loaded: dict[str, torch.Tensor] = load_file(folder / "adapter_model.safetensors")
-    return loaded
+from tests.e2e.submit import adapter_weights, said, start, until, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +64,10 @@ def test_it_ends_as_if_nothing_had_happened(survivor: tuple[Store, str], pair: P
         assert [step[name] for step in steps] == [step[name] for step in calm]
     assert {step["world_size"] for step in steps} == {1, 2}
     assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in calm], abs=1e-3)
-    ours, theirs = weights(store, "survivor", tmp_path / "ours"), weights(pair.store, "pair-one", tmp_path / "theirs")
+    ours, theirs = (
+        adapter_weights(store, "survivor", tmp_path / "ours"),
+        adapter_weights(pair.store, "pair-one", tmp_path / "theirs"),
+    )
     for name, weight in theirs.items():
         torch.testing.assert_close(ours[name], weight, atol=2e-3, rtol=0)
 
