@@ -49,6 +49,9 @@ class FolderStore:
     def __reduce__(self) -> tuple[type["FolderStore"], tuple[Path]]:
         return FolderStore, (self._root,)
 
+    def impatient(self) -> "FolderStore":
+        return self
+
     def create(self, key: str, data: bytes) -> None:
         path = self._path(key)
         with self._errors_named("create", key):

@@ -169,14 +169,19 @@ class LocalCluster:
             time.sleep(POLL_S)
 
     def _left_over(self) -> list[int]:
-        """Processes that still name this cluster's folder on their command line: a killed head leaves its daemons."""
+        """Ray's processes that inherited this cluster's token: a killed head leaves its daemons.
+
+        What submitted to the cluster has the token too, and is left alone.
+        """
         left = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                if str(self.folder).encode() in (entry / "cmdline").read_bytes() and int(entry.name) != os.getpid():
-                    left.append(int(entry.name))
+                title, inherited = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
             except OSError:
                 continue  # it ended meanwhile
+            is_ray = title.startswith(b"ray::") or str(self.folder).encode() in title
+            if is_ray and str(self._token).encode() in inherited and int(entry.name) != os.getpid():
+                left.append(int(entry.name))
         return left
 
 

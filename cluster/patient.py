@@ -99,6 +99,9 @@ class PatientStore:
         self._lock = threading.Lock()
         self._latest: _Trouble | None = None
 
+    def impatient(self) -> Store:
+        return self._store.impatient()
+
     def create(self, key: str, data: bytes) -> None:
         """As Store.create. Of equal bytes it must not matter who wrote them, which holds for Luthier's records.
 

@@ -6,6 +6,7 @@ files belong to it with their sizes and SHA-256, so it is written last and is th
 
 import hashlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from mmap import mmap
 from pathlib import Path
@@ -73,12 +74,17 @@ def digest_of(files: Iterable[FileRecord]) -> str:
 
 def fetch_files(store: Store, prefix: str, files: Iterable[FileRecord], folder: Path) -> None:
     """Download a record's files into `folder` and check each. Raises ObjectNotFound, ObjectDamaged."""
-    for file in files:
+
+    def fetch(file: FileRecord) -> None:
         path = folder / file.file
         path.parent.mkdir(parents=True, exist_ok=True)
         store.download(prefix + file.file, path)
         if describe_file(path, file.file) != file:
             raise ObjectDamaged(f"{store.url}/{prefix}{file.file}: size or SHA-256 differs from its record")
+
+    with ThreadPoolExecutor(2) as pool:  # one file is checked while the next one comes
+        for _ in pool.map(fetch, files):
+            pass
 
 
 class ModelManifest(Record):

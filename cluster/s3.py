@@ -71,6 +71,9 @@ class Patience:
 OPENING = Patience(max_attempts=3, connect_timeout_s=3.0, read_timeout_s=10.0)
 """A wrong address is reported after 1.5 s of waits on average, a black hole after 11 s."""
 
+ALERT = Patience(max_attempts=3, connect_timeout_s=5.0, read_timeout_s=60.0)
+"""For whoever tries again himself, and must tell how long the server was away."""
+
 WORKING = Patience(max_attempts=8, connect_timeout_s=5.0, read_timeout_s=60.0)
 """Sits out an outage of half a minute on average (the waits add up to 36 s of at most 71 s)."""
 
@@ -119,6 +122,9 @@ class S3Store:
 
     def __reduce__(self) -> tuple[type["S3Store"], tuple[str, str, Patience]]:
         return S3Store, (self._bucket, self._prefix, self._patience)
+
+    def impatient(self) -> "S3Store":
+        return S3Store(self._bucket, self._prefix, ALERT)
 
     def create(self, key: str, data: bytes) -> None:
         # If the answer to a create that won is lost, its retry, by botocore or by a proxy on the way, is told 412. So

@@ -44,6 +44,9 @@ class Store(Protocol):
 
     url: str
 
+    def impatient(self) -> "Store":
+        """The same store, whose calls report within seconds that it does not answer, for who tries again himself."""
+
     def create(self, key: str, data: bytes) -> None:
         """Write if absent. Raises ObjectExists, leaving the winner's bytes untouched.
 

@@ -124,7 +124,7 @@ def _recipe_again(record: RunRecord, overrides: Sequence[str]) -> Recipe:
 def _carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Store) -> dict[str, Any]:
     """Train and publish; whatever the end, the run's log tells it."""
     run_id = record.run_id
-    store = PatientStore(plain_store, recipe.checkpoint.store_patience_s)
+    store = PatientStore(plain_store.impatient(), recipe.checkpoint.store_patience_s)
     attempts = Attempts(record, recipe, shape, store, plain_store)
     try:
         result = attempts.run()

@@ -8,7 +8,7 @@ import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import ray
 
@@ -133,6 +133,37 @@ class Board:
 
     def result(self) -> dict[str, Any] | LuthierError | None:
         return self._result
+
+
+class Meeting(Protocol):
+    """What a rank's saver needs of the board."""
+
+    def stored(
+        self, attempt: int, step: int, world_size: int, rank: int, file: FileRecord | None
+    ) -> list[FileRecord] | None: ...
+
+    def committed(self, checkpoint: str) -> None: ...
+
+    def finish(self, result: dict[str, Any] | LuthierError) -> None: ...
+
+
+class RemoteBoard:
+    """The board's actor as a Meeting: each call waits for its answer."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def stored(
+        self, attempt: int, step: int, world_size: int, rank: int, file: FileRecord | None
+    ) -> list[FileRecord] | None:
+        files: list[FileRecord] | None = ray.get(self._actor.stored.remote(attempt, step, world_size, rank, file))
+        return files
+
+    def committed(self, checkpoint: str) -> None:
+        ray.get(self._actor.committed.remote(checkpoint))
+
+    def finish(self, result: dict[str, Any] | LuthierError) -> None:
+        ray.get(self._actor.finish.remote(result))
 
 
 class Recorder:

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import Protocol
 
-import ray
 import torch
 
 from cluster import keys, records
@@ -23,7 +22,8 @@ from cluster.records import CheckpointManifest, FileRecord
 from cluster.store import Store
 from jobs import checkpoint, runs
 from jobs.checkpoint import Retention, Shard
-from jobs.zero import Fragment, ZeroEngine
+from jobs.progress import Meeting
+from jobs.zero import Fragment
 
 SHARDS = 2
 
@@ -38,6 +38,14 @@ class Position:
     metric: float | None
 
 
+class Sharded(Protocol):
+    """An engine, as far as checkpoints are concerned."""
+
+    world_size: int
+
+    def fragments(self) -> list[Fragment]: ...
+
+
 class Saver:
     """One rank's part in the checkpoints of one attempt.
 
@@ -47,7 +55,7 @@ class Saver:
     """
 
     def __init__(
-        self, engine: ZeroEngine, store: Store, run_id: str, attempt: int, rank: int, board: Any, retention: Retention
+        self, engine: Sharded, store: Store, run_id: str, attempt: int, rank: int, board: Meeting, retention: Retention
     ) -> None:
         self._engine = engine
         self._store = store
@@ -127,7 +135,7 @@ class Saver:
 
     def _fail(self, error: LuthierError) -> None:
         self._failure = error
-        self._board.finish.remote(error)
+        self._board.finish(error)
 
     def _upload(self, shard: Shard | None, position: Position, before: list[Future[None]]) -> None:
         file = None
@@ -140,7 +148,7 @@ class Saver:
         for write in before:
             write.result()
         world_size = self._engine.world_size
-        files = ray.get(self._board.stored.remote(self._attempt, position.step, world_size, self._rank, file))
+        files = self._board.stored(self._attempt, position.step, world_size, self._rank, file)
         if files is not None:
             self._commit(position, files)
 
@@ -162,5 +170,5 @@ class Saver:
             created_at=records.now(),
         )
         self._store.put(key, manifest.to_bytes())
-        ray.get(self._board.committed.remote(key))
+        self._board.committed(key)
         checkpoint.collect(self._store, self._run_id, self._retention)

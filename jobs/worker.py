@@ -33,7 +33,7 @@ from jobs.kernels import keep_freed_memory, summed_cross_entropy
 from jobs.model import load_model
 from jobs.objectives import PackedRow, pack_row, supervised_logits
 from jobs.packing import SampleSchedule
-from jobs.progress import Recorder, StepRecord
+from jobs.progress import Recorder, RemoteBoard, StepRecord
 from jobs.saver import Position, Saver
 from jobs.schedule import learning_rate
 from jobs.watchdog import Watchdog
@@ -50,7 +50,9 @@ def work(job: Job) -> None:
     The driver starts the workers again after any error that they raise. A refusal (a model, data or an adapter that
     cannot be used, a loss that stays infinite) would only be met again, so it is told and not raised.
     """
-    job = replace(job, store=PatientStore(job.store, job.recipe.checkpoint.store_patience_s, outage_teller(job)))
+    job = replace(
+        job, store=PatientStore(job.store.impatient(), job.recipe.checkpoint.store_patience_s, outage_teller(job))
+    )
     try:
         _work(job)
     except (InputError, RegistryError, ObjectDamaged, RunFailed) as refusal:
@@ -172,7 +174,7 @@ class Trainer:
         self._recorder = Recorder(job.store, job.run_id, attempt[0], job.board) if self._rank == 0 else None
         keep = recipe.checkpoint
         retention = Retention(keep.keep_last, keep.keep_best, keep.keep_every_steps)
-        self._saver = Saver(engine, job.store, job.run_id, attempt[0], self._rank, job.board, retention)
+        self._saver = Saver(engine, job.store, job.run_id, attempt[0], self._rank, RemoteBoard(job.board), retention)
         self._watchdog = Watchdog(job.board, self._rank)
 
     def train(self) -> State:

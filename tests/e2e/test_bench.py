@@ -25,6 +25,7 @@ def test_train_prints_one_json_object_with_its_measures() -> None:
     assert 0 <= said["bare_loop"]["loss_difference_max"] <= 1e-3
 
 
+@pytest.mark.long
 def test_checkpoint_prints_one_json_object_with_its_measures() -> None:
     finished = subprocess.run([BENCH, "checkpoint", "--quick", "--json"], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
