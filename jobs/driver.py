@@ -58,6 +58,8 @@ def begin(
         files: those to train on, and those to evaluate on.
     """
     base = models.pin(recipe.model, store)
+    if parent:
+        _check_parent(recipe, base, runs.find(store, parent.run_id).record)
     folder = models.fetch(recipe.model, base, store)
     shape = read_shape(folder)
     plan = make_plan(recipe, shape)
@@ -160,6 +162,22 @@ def summary(recipe: Recipe, plan: Plan) -> str:
         f"{plan.micro_batch} for a global batch of {plan.global_batch}; ZeRO-{plan.zero} ({plan.zero_reason}); "
         f"about {plan.total_bytes / 2**30:.2f} of {plan.memory_bytes / 2**30:.2f} GiB a worker"
     )
+
+
+def _check_parent(recipe: Recipe, base: BaseModelRef, parent: RunRecord) -> None:
+    """Raise ConfigError unless the parent's weights fit: the same base, and the same parameters trained."""
+    ours, theirs = recipe.model_dump(mode="json")["method"], parent.recipe["method"]
+    shaping = ("kind", "rank", "targets", "alpha", "rslora")
+    faults = [
+        Fault("from", f"method.{key}", f"{parent.run_id} has {theirs.get(key)!r}, and this run {ours.get(key)!r}")
+        for key in shaping
+        if ours.get(key) != theirs.get(key)
+    ]
+    if base != parent.base:
+        said = f"{parent.run_id} was trained on {parent.base.name} at {parent.base.revision}"
+        faults.append(Fault("from", "model", f"{said}, and this run is on {base.name} at {base.revision}"))
+    if faults:
+        raise ConfigError(faults)
 
 
 def _check_model(folder: Path, recipe: Recipe) -> None:

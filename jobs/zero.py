@@ -9,6 +9,7 @@ elements of which parameter this rank keeps, in place and without a collective. 
     stage 3         this rank's stretch of each parameter
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -150,15 +151,21 @@ class ZeroEngine:
             self.engine.step()
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, forget the gradients. Returns the gradient's global norm before clipping."""
+        """Clip, update, forget the gradients. Returns the gradient's global norm before clipping.
+
+        When that is not finite nothing is updated, on any rank.
+        """
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
-        norm: Any = None
-        if not self._wrapped:
-            trained = [parameter for group in self._adamw.param_groups for parameter in group["params"]]
-            norm = torch.nn.utils.clip_grad_norm_(trained, self._clip_norm)
+        if self._wrapped:
+            self.engine.step()
+            return math.inf if self._optimizer.overflow else float(self.engine.get_global_grad_norm())
+        trained = [parameter for group in self._adamw.param_groups for parameter in group["params"]]
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, self._clip_norm))
+        if not math.isfinite(norm):
+            self._adamw.zero_grad()  # without gradients the step changes nothing
         self.engine.step()
-        return float(norm if norm is not None else self.engine.get_global_grad_norm())
+        return norm
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Trained parameters by name, in an order that all ranks share."""

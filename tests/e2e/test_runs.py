@@ -115,6 +115,23 @@ def test_an_export_is_whole_or_not_there(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_new_run_starts_from_a_checkpoint(
+    survivor: tuple[Store, str], ray_cluster: LocalCluster, tiny_models: TinyModels, rows: Path, tmp_path: Path
+) -> None:
+    store, run_id = survivor
+    recipe = write_recipe(tmp_path, tiny_models["qwen3"], [rows], name="branch", store=store.url)
+    start_at = ("jobs.train", str(recipe), "train.steps=1", f"from={run_id}")
+    assert "from: method.rank: " in said(ray_cluster, *start_at, "method.rank=4", code=2)
+    assert "no such checkpoint" in said(ray_cluster, *start_at[:-1], f"from={run_id}@3", code=2)
+    line = json.loads(said(ray_cluster, *start_at).splitlines()[-1])
+    (step,) = runs.read_steps(store, line["run_id"])
+    before = list(runs.read_steps(store, run_id))
+    assert step["loss"] < before[8]["loss"], "the first step begins where 48 steps had come to"
+    record = runs.find(store, line["run_id"]).record
+    assert record.parent
+    assert (record.parent.run_id, record.parent.step) == (run_id, 48)
+
+
 def test_two_runs_are_compared(survivor: tuple[Store, str], ray_cluster: LocalCluster) -> None:
     store, run_id = survivor
     assert said(ray_cluster, "jobs", "diff", run_id, run_id, "--store", store.url, "--json").strip() == "[]"

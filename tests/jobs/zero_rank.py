@@ -4,6 +4,7 @@ RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python -m tests.jobs.zero_ra
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,10 +83,19 @@ def train(engine: ZeroEngine, first: int, last: int) -> list[tuple[float, float]
     return history
 
 
+def poison(engine: ZeroEngine) -> None:
+    """A step whose loss is not a number on one rank: it must change nothing on any."""
+    row = next(rows(0))
+    loss = summed_cross_entropy(supervised_logits(engine.engine, row), row.targets)
+    engine.accumulate(loss * (float("nan") if dist.get_rank() == 0 else 1.0), last=True)
+    assert not math.isfinite(engine.step(1e-2))
+
+
 def broken(folder: Path, dtype: str, kind: str, stage: int) -> list[tuple[float, float]]:
-    """The same run, its state taken out in the middle and put into a new engine."""
+    """The same run with a step that is not finite, its state taken out in the middle and put into a new engine."""
     engine = make(folder, dtype, kind, stage)
     history = train(engine, 0, BREAK_AT)
+    poison(engine)
     saved = Held(engine)
     updates = engine.updates()
     again = make(folder, dtype, kind, stage, saved)
