@@ -230,16 +230,25 @@ def prepare_environment(accelerator: str) -> None:
 def _cause(error: BaseException) -> tuple[str, bool]:
     """What the workers raised first, in a line; and whether it was memory that was too small."""
     failures: dict[int, Any] = getattr(error, "worker_failures", {})
-    causes = {rank: getattr(failure, "_base_exc", failure) for rank, failure in sorted(failures.items())}
+    causes = {rank: _innermost(failure) for rank, failure in sorted(failures.items())}
     for rank, cause in causes.items():
         if type(cause).__name__ == "OutOfMemoryError":  # torch's, and that of Ray's watch over a node's memory
             return f"rank {rank}: {_line(cause)}", True
     # A rank that died takes the others' collectives along, so what they raise is not the cause.
-    died = {rank: cause for rank, cause in causes.items() if "Died" in type(cause).__name__ or "died" in str(cause)}
-    named = died or causes
-    if named:
-        return "; ".join(f"rank {rank}: {_line(cause)}" for rank, cause in named.items()), False
+    died = [rank for rank, cause in causes.items() if isinstance(cause, ray.exceptions.RayActorError)]
+    if died:
+        return f"rank {', '.join(map(str, died))} died", False
+    if causes:
+        return "; ".join(f"rank {rank}: {_line(cause)}" for rank, cause in causes.items()), False
     return _line(getattr(error, "controller_failure", error)), False
+
+
+def _innermost(failure: Any) -> BaseException:
+    """The error that Ray Train wrapped."""
+    for wrapper in ("_base_exc", "health_check_failure"):
+        failure = getattr(failure, wrapper, failure)
+    found: BaseException = failure
+    return found
 
 
 def _line(error: BaseException) -> str:
