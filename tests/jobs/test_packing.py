@@ -137,3 +137,13 @@ def test_a_sample_longer_than_a_pack_is_refused() -> None:
 def test_no_samples_are_refused() -> None:
     with pytest.raises(DataError, match="no samples to train on"):
         SampleSchedule([], seed=0, capacity=64)
+
+
+def test_seven_workers_share_a_batch_of_sixty_four() -> None:
+    """All samples once, as many rounds for every rank, and none of them far ahead."""
+    schedule = SampleSchedule(np.full(1000, 10), seed=3, capacity=40, global_batch=64)
+    shares = [schedule.share(2, rank, 7) for rank in range(7)]
+    assert {len(mine) for mine in shares} == {10}
+    taken = sorted(int(sample) for mine in shares for pack in mine for sample in pack)
+    assert taken == sorted(int(sample) for pack in schedule.batch(2) for sample in pack)
+    assert {sum(len(pack) > 0 for pack in mine) for mine in shares} == {9, 10}
