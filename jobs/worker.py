@@ -45,23 +45,26 @@ State = Literal["succeeded", "stopped", "moving"]
 
 
 def work(job: Job) -> None:
-    """Train, checkpoint, publish; the result, or a refusal, is left on the board.
+    """Train, checkpoint, publish; the result, or why there can be none, is left on the board.
 
-    The driver starts the workers again after any error that they raise. A refusal (a model, data or an adapter that
-    cannot be used, a loss that stays infinite) would only be met again, so it is told and not raised.
+    The driver starts the workers again after an error, unless the board has one that they would only meet again: a
+    model, data or an adapter that cannot be used, a loss that stays infinite.
     """
     job = replace(
         job, store=PatientStore(job.store.impatient(), job.recipe.checkpoint.store_patience_s, outage_teller(job))
     )
     try:
         _work(job)
-    except (InputError, RegistryError, ObjectDamaged, RunFailed) as refusal:
+    except (RunFailed, RegistryError) as refusal:  # all ranks have agreed on it
         ray.get(job.board.finish.remote(refusal))
+    except (InputError, ObjectDamaged) as refusal:
+        ray.get(job.board.finish.remote(refusal))
+        if dist.get_world_size() > 1:
+            raise  # the other ranks may wait for this one
     except Exception as error:
-        if not _is_out_of_memory(error):
-            raise
-        ray.get(job.board.finish.remote(OutOfMemory(f"{str(error).strip().splitlines()[0]}")))
-        raise  # the other ranks wait for this one
+        if _is_out_of_memory(error):
+            ray.get(job.board.finish.remote(OutOfMemory(str(error).strip().splitlines()[0])))
+        raise
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -208,6 +211,8 @@ class Trainer:
 
     def give_up(self) -> None:
         """Have in the store what can still get there."""
+        if isinstance(self._saver.failure, StoreError):
+            return
         with suppress(LuthierError):
             self._saver.close()
         with suppress(LuthierError):
@@ -355,7 +360,8 @@ class Trainer:
             if self._recorder:
                 self._recorder.tell(f"evaluation loss {metric:.4f} after step {self.step}", step=self.step)
         began = time.perf_counter()
-        self._watchdog.mark(f"step {self.step}: snapshot")
+        if self._saver.is_full:
+            self._watchdog.pause()  # the last checkpoint waits for the store, as long as that takes
         position = Position(self.step, self._engine.updates(), self._samples_seen, metric)
         self._saver.begin(position, self._recorder.flush() if self._recorder else ())
         self._stall_s += time.perf_counter() - began
