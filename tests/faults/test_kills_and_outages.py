@@ -114,7 +114,7 @@ def test_killed_at_the_worst_moments_it_ends_the_same(field: Field, calm: list[f
 
     def in_the_resume(ranks: Ranks) -> None:
         hit = threading.Event()
-        proxy.cut("down", after_bytes=chance.randrange(20_000, 200_000), then=hit.set)
+        proxy.cut("down", after_bytes=chance.randrange(1_000, 8_000), then=hit.set)
         wait_until(hit.is_set, ranks)
 
     def in_some_step(ranks: Ranks) -> None:
