@@ -9,20 +9,25 @@ elements of which parameter this rank keeps, in place and without a collective. 
     stage 3         this rank's stretch of each parameter
 """
 
+import fcntl
 import math
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_local_fp32_param, safe_get_local_optimizer_state
 from torch import Tensor, nn
 from transformers.integrations import HfDeepSpeedConfig
 
+from cluster import env
 from jobs.config import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -57,7 +62,26 @@ class SavedState(Protocol):
 
 def join_process_group() -> None:
     """Let DeepSpeed use the process group that torch.distributed has."""
+    _load_operation()
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False)
+
+
+def _load_operation() -> None:
+    """Compile DeepSpeed's CPU operation, or load it, in one process of a node at a time.
+
+    torch's own lock is a file that outlives its owner: a worker that was killed while it compiled would leave every
+    later one waiting for ever. Ours ends with its process, so a file that is found under it has no owner.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    folder = os.environ.get(env.TORCH_EXTENSIONS_DIR)
+    if builder is None or not folder:
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with (Path(folder) / "luthier.lock").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        (Path(folder) / builder.name / "lock").unlink(missing_ok=True)
+        if deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+            builder.load()
 
 
 def settings(stage: int, dtype: str, clip_norm: float) -> dict[str, Any]:

@@ -120,6 +120,7 @@ def assert_as_calm(story: Story, calm: str, folder: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_a_run_outlasts_growth_drain_and_death(
     field: LocalCluster, recipe: Path, store: Store, calm: str, tmp_path: Path
 ) -> None:
@@ -213,6 +214,7 @@ def test_a_random_schedule_of_twenty_events(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_a_worker_that_stands_still_is_named_and_replaced(
     field: LocalCluster, recipe: Path, store: Store, calm: str, tmp_path: Path
 ) -> None:

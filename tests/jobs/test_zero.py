@@ -68,3 +68,15 @@ def test_every_stage_and_world_size_trains_the_same(both: tuple[Found, Found], d
         for name, weight in found["weights"].items():
             assert weight.abs().max() > 0, name
             torch.testing.assert_close(weight, expected["weights"][name], atol=tolerance * 5, rtol=tolerance * 5)
+
+
+def test_a_lock_whose_owner_was_killed_while_compiling_keeps_nobody_waiting() -> None:
+    """torch's lock is a file that stays when its process is killed."""
+    code = (
+        "from jobs.attempts import prepare_environment; prepare_environment('cpu'); import os, pathlib; "
+        "folder = pathlib.Path(os.environ['TORCH_EXTENSIONS_DIR'], 'deepspeed_shm_comm'); "
+        "folder.mkdir(parents=True, exist_ok=True); (folder / 'lock').touch(); "
+        "from jobs import zero; zero._load_operation(); print((folder / 'lock').exists())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1:] == ["False"], done.stderr
