@@ -221,7 +221,7 @@ def prepare_environment(accelerator: str) -> None:
         os.environ[env.DS_ACCELERATOR] = "cpu"  # else DeepSpeed takes a GPU that happens to be there
     if sys.prefix != sys.base_prefix:
         # In torch's shared default folder, two virtual environments recompile one another's operation (a minute each).
-        os.environ.setdefault(env.TORCH_EXTENSIONS_DIR, f"{sys.prefix}/torch_extensions")
+        os.environ.setdefault(env.TORCH_EXTENSIONS_DIR, f"{Path(sys.prefix).resolve()}/torch_extensions")
     # The ninja beside this interpreter, which an environment that is not activated would miss; and never another one,
     # since two versions of ninja take one another's builds for out of date.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

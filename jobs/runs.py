@@ -137,10 +137,10 @@ def checkpoint_steps(store: Store, run_id: str) -> list[int]:
 
 def find_checkpoint(store: Store, reference: str) -> CheckpointRef:
     """The checkpoint that RUN (its newest) or RUN@STEP names. Raises InputError when there is none."""
-    run_id, _, step = reference.partition("@")
+    run_id, at, step = reference.partition("@")
     find(store, run_id)
     steps = checkpoint_steps(store, run_id)
-    if not steps or (step and (not step.isdecimal() or int(step) not in steps)):
+    if not steps or (at and (not step.isdecimal() or int(step) not in steps)):
         have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
         raise InputError(f"from={reference}: no such checkpoint of run {run_id}; {have}")
     return CheckpointRef(run_id=run_id, step=int(step) if step else steps[-1])

@@ -123,6 +123,7 @@ def test_a_new_run_starts_from_a_checkpoint(
     start_at = ("jobs.train", str(recipe), "train.steps=1", f"from={run_id}")
     assert "from: method.rank: " in said(ray_cluster, *start_at, "method.rank=4", code=2)
     assert "no such checkpoint" in said(ray_cluster, *start_at[:-1], f"from={run_id}@3", code=2)
+    assert "no such checkpoint" in said(ray_cluster, *start_at[:-1], f"from={run_id}@", code=2)
     line = json.loads(said(ray_cluster, *start_at).splitlines()[-1])
     (step,) = runs.read_steps(store, line["run_id"])
     before = list(runs.read_steps(store, run_id))
@@ -144,7 +145,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_a_diagnosis(
     store = open_store(f"file://{tmp_path}/store")
     recipe = write_recipe(tmp_path, tiny_models["qwen3"], [rows], name="wild", store=store.url, method="{kind: full}")
     output = said(ray_cluster, "jobs.train", str(recipe), "optimizer.learning_rate=1e30", code=1)
-    assert "so no step after it would mean anything; lower optimizer.learning_rate" in output
+    assert "after 3 such steps in a row that were skipped; lower optimizer.learning_rate" in output
     assert "Traceback" not in output
     (run_id,) = runs.run_ids(store)
     assert runs.find(store, run_id).state == "failed"
