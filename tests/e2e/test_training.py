@@ -20,7 +20,7 @@ from cluster.records import BaseModelRef, CheckpointManifest, RunRecord
 from cluster.store import Store, open_store
 from jobs import runs
 from jobs.progress import StepRecord
-from jobs.runs import read_steps
+from jobs.runs import checkpoint_steps, read_steps
 from tests.conftest import TinyModels
 from tests.e2e.conftest import Pair
 from tests.e2e.submit import ROOT, Submitted, command_line, submit, train, write_recipe
@@ -51,7 +51,9 @@ def test_the_records_say_what_happened(pair: Pair) -> None:
     assert set(steps[0]) == set(StepRecord.__dataclass_fields__)
     assert steps[-1]["world_size"] == 2
     assert all(step["supervised_tokens"] < step["tokens"] for step in steps)
-    for step in range(8, 49, 8):
+    kept = checkpoint_steps(store, one["run_id"])
+    assert (len(kept), kept[-1]) == (2, 48), "the last two, as the recipe's default is"
+    for step in kept:
         manifest = records.read(store, keys.checkpoint_manifest(one["run_id"], step), CheckpointManifest)
         for file in manifest.files:
             data = store.get(keys.checkpoint_prefix(one["run_id"], step) + file.file)
