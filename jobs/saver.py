@@ -68,8 +68,8 @@ class Saver:
         for _ in range(SHARDS):
             self._free.put(None)  # made when first needed
         self._copier = ThreadPoolExecutor(1, "checkpoint-copy")
-        self._uploader = ThreadPoolExecutor(2, "checkpoint-upload")
-        self._commits = ThreadPoolExecutor(1, "checkpoint")
+        self._hasher = ThreadPoolExecutor(1, "checkpoint-hash")
+        self._uploader = ThreadPoolExecutor(1, "checkpoint-upload")
         self._copying: Future[Shard | None] | None = None
         self._failure: LuthierError | None = None
         self._fragments: list[Fragment] | None = None  # stay where they are through an attempt
@@ -95,7 +95,7 @@ class Saver:
             torch.cuda.synchronize()
         copying = self._copier.submit(self._copy, shard)
         self._copying = copying
-        self._commits.submit(self._store_it, copying, position, list(before))
+        self._uploader.submit(self._store_it, copying, position, list(before))
 
     def settle(self) -> None:
         """Wait until the copy is made; to be called before the optimizer changes the state."""
@@ -106,7 +106,7 @@ class Saver:
     def close(self) -> None:
         """Wait until everything is stored. Raises what made that impossible."""
         self.settle()
-        for pool in (self._copier, self._commits, self._uploader):
+        for pool in (self._copier, self._uploader, self._hasher):
             pool.shutdown()
         if self._failure:
             raise self._failure
@@ -142,8 +142,8 @@ class Saver:
         if shard:
             name = f"state-{self._attempt:04d}-{self._rank:05d}.safetensors"
             key = keys.checkpoint_prefix(self._run_id, position.step) + name
-            described = self._uploader.submit(records.describe_memory, shard.memory, name)
-            self._uploader.submit(self._store.upload, shard.memory, key).result()
+            described = self._hasher.submit(records.describe_memory, shard.memory, name)
+            self._store.upload(shard.memory, key)
             file = described.result()
         for write in before:
             write.result()

@@ -171,7 +171,6 @@ class Trainer:
             self._resume(found.restored)
         self._asked: State | None = None
         self._is_any_full = False
-        self._has_failed = False
         attempt: list[Any] = [self._begin_attempt(found) if self._rank == 0 else None]
         dist.broadcast_object_list(attempt)
         self._recorder = Recorder(job.store, job.run_id, attempt[0], job.board) if self._rank == 0 else None
@@ -211,6 +210,7 @@ class Trainer:
 
     def give_up(self) -> None:
         """Have in the store what can still get there."""
+        self._watchdog.pause()
         if isinstance(self._saver.failure, StoreError):
             return
         with suppress(LuthierError):

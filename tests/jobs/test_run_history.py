@@ -102,7 +102,7 @@ def play(store: Store, event: Attempt | Damage, model: Model) -> None:
             saver._fragments = None
             saver.begin(Position(step + 1, step + 1, 0, value))
         for saver in savers:
-            saver._commits.submit(int).result()
+            saver._uploader.submit(int).result()
         model.checkpoints[step + 1] = float(torch_value(value))
         stay = kept(metrics(store, model.run_id), model.retention)
         for gone in [each for each in model.checkpoints if each not in stay and each < max(stay)]:
