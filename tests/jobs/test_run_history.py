@@ -5,6 +5,7 @@ steps whose loss says which attempt did them.
 """
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,7 @@ from uuid import uuid4
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster import keys, records
+from cluster import keys, models, records
 from cluster.folder import FolderStore
 from cluster.records import CheckpointManifest
 from cluster.store import Store
@@ -145,6 +146,7 @@ def damage(store: Store, event: Damage, model: Model) -> None:
         key = keys.checkpoint_prefix(model.run_id, step) + manifest.files[0].file
         store.put(key, store.get(key)[:-1])
         model.checkpoints[step] = None
+    shutil.rmtree(models.cache_folder() / "checkpoints", ignore_errors=True)  # a node keeps what it has verified
 
 
 @given(EVENTS, RETENTIONS)
