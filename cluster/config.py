@@ -20,6 +20,7 @@ from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from cluster.errors import ConfigError, Fault
 
@@ -204,7 +205,8 @@ def _apply(tree: dict[str, Any], override: str, references: Container[str], sour
     try:
         value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
-        source.faults.append(Fault(place, key, f"the value is not valid YAML: {str(error).splitlines()[0]}"))
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        source.faults.append(Fault(place, key, f"the value is not valid YAML: {problem}; quote it if it is text"))
         return
     if key in references and isinstance(value, str):
         return  # its file has been read already
@@ -252,19 +254,24 @@ def _strip_tags(location: Path_, schema: type[BaseModel]) -> tuple[Path_, list[s
     """Drop the union tags that pydantic puts into a location; also the keys known at its end."""
     at: list[str | int] = []
     models: list[type[BaseModel]] = [schema]
-    known = list(schema.model_fields)
+    known = list(_fields(schema))
     for part in location:
-        fields = {name: field for model in models for name, field in model.model_fields.items()}
+        fields = {name: field for model in models for name, field in _fields(model).items()}
         tags = {_tag(model) for model in models}
         if part in tags and part not in fields:
             models = [model for model in models if _tag(model) == part]
-            known = [name for model in models for name in model.model_fields]
+            known = [name for model in models for name in _fields(model)]
             continue
         at.append(part)
         known = list(fields) or known
         if part in fields:
             models = _models_in(fields[str(part)].annotation)
     return tuple(at), known
+
+
+def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """By the names that a file has for them."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _tag(model: type[BaseModel]) -> str | None:

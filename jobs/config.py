@@ -1,8 +1,17 @@
 """HOW to train: the schema of a recipe. Defaults live here and nowhere else."""
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PlainValidator,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from cluster import keys
 from cluster.config import Config, Reference
@@ -11,6 +20,20 @@ from cluster.place import ClusterConfig
 from cluster.store import check_url
 
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _number_or_range(value: Any) -> int | tuple[int, int]:
+    """One fault for the key, where a union would have several that contradict each other."""
+    ends = value if isinstance(value, list | tuple) and len(value) == 2 else [value, value]
+    if not all(type(end) is int and end >= 1 for end in ends):
+        raise ValueError(f"got {json.dumps(value)}; write how many, or [fewest, most]")
+    fewest, most = ends
+    if fewest > most:
+        raise ValueError(f"got {json.dumps(value)}; write [fewest, most], the smaller number first")
+    return (fewest, most) if ends is value else fewest
+
+
+Workers = Annotated[int | tuple[int, int], PlainValidator(_number_or_range)]
 
 
 class DataConfig(Config):
@@ -53,7 +76,7 @@ class TrainConfig(Config):
     epochs: PositiveInt | None = Field(None, description="passes over the data; instead of steps")
     global_batch: PositiveInt = Field(16, description="packed sequences of one optimizer step, over all workers")
     micro_batch: PositiveInt = Field(1, description="packed sequences of one forward pass of one worker")
-    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+    workers: Workers = Field(
         1, description="how many; or [fewest, most], to take what the cluster has room for, while it runs too"
     )
     zero: Literal["auto", 0, 1, 2, 3] = Field("auto", description="ZeRO stage (Rajbhandari et al. 2019)")
@@ -79,8 +102,6 @@ class TrainConfig(Config):
     def _one_length(self) -> "TrainConfig":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give either steps or epochs")
-        if self.fewest > self.most:
-            raise ValueError(f"workers: [{self.fewest}, {self.most}] has the larger number first")
         return self
 
 
