@@ -16,7 +16,8 @@ zero        the DeepSpeed engine: the one door to deepspeed
 checkpoint  portable training state, manifest last: its layout, how it is read back, what of it stays
 saver       checkpoints behind training's back: copy, upload, commit
 job         what the driver hands to every worker
-worker      the training loop
+trainer     the training loop
+worker      one worker of one attempt: prepare, train, publish
 export      trained weights to a folder that peft or transformers loads
 watchdog    whether a worker's loop still moves, and if not, where it stands
 publish     check, probe, and hand to the registry
