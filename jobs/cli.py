@@ -118,7 +118,7 @@ def stop(run_id: RunId, store: StoreUrl) -> None:
     if found.state in (*ENDED, "lost"):
         raise InputError(f"run {run_id} does not run: its state is {found.state}")
     if runs.ask_to_stop(opened, run_id) == 1:
-        print(f"asked {run_id} to save and stop; `luthier jobs logs {run_id} --follow` shows when it has")
+        print(f"asked {run_id} to save and stop; `luthier jobs logs {run_id} --store {store} -f` shows when it has")
     else:
         print(f"asked {run_id} again: it stops at once")
 

@@ -70,7 +70,8 @@ def begin(
     say(f"run {record.run_id} in {store.url}")
     if not recipe.publish:
         say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
-    runs.tell(store, record.run_id, f"submitted by {getpass.getuser()}; {summary(recipe, plan)}", "preparing")
+    begins = f", from {parent.run_id}@{parent.step}" if parent else ""
+    runs.tell(store, record.run_id, f"submitted by {getpass.getuser()}{begins}; {summary(recipe, plan)}", "preparing")
     return record, shape
 
 
@@ -135,7 +136,8 @@ def _carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Sto
         if attempts.is_replaced:
             raise RunFailed(f"run {run_id} goes on under another driver, so this one has ended") from None
         runs.tell(store, run_id, "stopped at once; what came after the last checkpoint is lost", "stopped")
-        raise RunFailed(f"run {run_id} was stopped at once; `luthier jobs resume {run_id}` goes on with it") from None
+        again = f"luthier jobs resume {run_id} --store {store.url}"
+        raise RunFailed(f"run {run_id} was stopped at once; `{again}` goes on with it") from None
     except LuthierError as error:
         runs.tell(store, run_id, f"failed: {error}", "failed")
         raise
