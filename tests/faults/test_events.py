@@ -5,9 +5,12 @@ Each run of many events is compared with a calm one of the same recipe on one wo
 
 import os
 import random
+import resource
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,14 +21,16 @@ from cluster.nodes import LocalCluster
 from cluster.records import RunEvent
 from cluster.store import Store, open_store
 from jobs import runs
+from scripts.demo import tasks
+from scripts.demo.model import make_model
 from tests.conftest import TinyModels
-from tests.e2e.submit import RAY, adapter_weights, said, start, until, write_recipe
+from tests.e2e.submit import RAY, adapter_weights, said, start, until, write_recipe, write_rows
 
 WORKER = "RayTrainWorker"
 STEPS, EVERY = 300, 4
 # Three workers that take turns on two cores change places often; what they add up differs by rounding alone.
 TOLERANCE = 1e-4
-LENGTH = (f"train.steps={STEPS}", f"checkpoint.every_steps={EVERY}", "train.global_batch=12")
+LENGTH = (f"train.steps={STEPS}", f"checkpoint.every_steps={EVERY}", "train.global_batch=36")
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +240,49 @@ def test_a_worker_that_stands_still_is_named_and_replaced(
     assert_as_calm(story, calm, tmp_path)
     assert not Path(f"/proc/{stopped}").exists()
     node.kill()
+
+
+@contextmanager
+def limited_memory(cluster: LocalCluster, more: int) -> Iterator[None]:
+    """Every training worker may have `more` bytes of address space beyond what it starts with, as a small node has."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        limited: set[int] = set()
+        while not ended.wait(0.05):
+            for pid in set(cluster.worker_pids(WORKER)) - limited:
+                with suppress(OSError):  # it may have ended
+                    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+                    most = pages * resource.getpagesize() + more
+                    resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+                    limited.add(pid)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_a_run_out_of_memory_goes_on_with_smaller_micro_batches(field: LocalCluster, tmp_path: Path) -> None:
+    """64 packs need 9 GB here, 32 about 5 and 16 about 3; the plan is told that there is more than there is."""
+    model = tmp_path / "model"
+    make_model(model, hidden_size=256, layers=4)
+    rows = write_rows(tmp_path / "rows.jsonl", list(tasks.rows("orders-json", "train")) * 3)
+    store = open_store(f"file://{tmp_path}/store")
+    recipe = write_recipe(tmp_path, model, [rows], name="large", store=store.url, sequence_length=1024)
+    options = ("train.steps=2", "train.global_batch=64", "cluster.memory_gb_per_worker=12", "train.max_failures=0")
+    said(field, "jobs.train", str(recipe), *options, "name=small", "publish.name=small", "train.micro_batch=4")
+    with limited_memory(field, more=4_500_000_000):
+        said(field, "jobs.train", str(recipe), *options, "train.micro_batch=64")
+    (large, small) = runs.run_ids(store)
+    told = [event.text for event in runs.read_events(store, large) if "out of memory" in event.text]
+    assert "train.micro_batch is 32 from now on; the global batch stays" in told[0]
+    last = runs.attempts(store, large)[-1]
+    assert last.micro_batch == 64 >> len(told)
+    losses = [[step["loss"] for step in runs.read_steps(store, run_id)] for run_id in (large, small)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
