@@ -58,7 +58,7 @@ _INIT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One module's update: `a` [r, in] and `b` [out, r], the scaling folded into `b`."""
+    """One module's update: `a` [r, in] and `b` [r, out] (the transpose of peft's), the scaling folded into `b`."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -169,7 +169,7 @@ def _pair(
             )
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     a = sides["A"].to(target.device, target.dtype)
-    b = (sides["B"].float() * scaling).to(target.device, target.dtype)
+    b = (sides["B"].float() * scaling).t().to(target.device, target.dtype).contiguous()
     for side, tensor in (("A", a), ("B", b)):
         if not bool(torch.isfinite(tensor).all()):
             raise AdapterRefused(

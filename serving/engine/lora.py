@@ -5,14 +5,14 @@ adapters and, for the step that runs, which rows belong to whom. Two ways to com
 (adjacent rows of one adapter):
 
 - *by segment*, from SEGMENT_ROWS rows on (prefill): two products for the run alone.
-- *batched*, below that (decode, where each adapter has a row or two): the rows are gathered by adapter and all
-  adapters go in two batched products, [S, M, in] × [S, in, r] × [S, r, out]. The products alone, timed apart (8
-  adapters of rank 16, 4 rows each, one CPU thread), took 1/3 to 1/2 of the time of one masked product over all A's
-  stacked. With 2 adapters there was no gain, and in whole decode runs none that stood out of the noise.
+- *by shelf*, below that (decode, where each adapter has a row or two): a shelf holds adapters of about one rank, their
+  matrices one behind another, filled up to a power of two; the rows are gathered by adapter, and all adapters of the
+  shelf go in two batched products, [S, M, in] × [S, in, r] × [S, r, out]. For decode this reads every matrix once, at
+  the speed of the memory: 128 adapters of rank 16 cost what reading them costs.
 
-A stack of A's and B's is kept while the batch's adapters are among its own, so that decoding rebuilds none; it may
-hold at most twice the adapters in use, so that leavers do not slow the rest for ever. No row ever meets another
-adapter's weights, so one that overflows stays alone with it.
+An adapter is copied to its shelf when it first has such rows, and stays there as long as others do not need its place,
+so that decoding rebuilds nothing. A shelf is at most half empty: leavers do not slow the rest for ever. No row ever
+meets another adapter's weights, so one that overflows stays alone with it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,16 +37,70 @@ class RowRun:
 
 
 @dataclass(frozen=True)
-class _Batched:
-    """The rows of short runs, by adapter: S adapters (those of the stack) with M places each, some of them filled up.
+class _Layout:
+    """Where the rows of a step stand on a shelf of S places with M rows each, some of them filled up.
 
-    `gather` int64 [S × M] says which row of the batch stands at each place; the real ones are at the places `source`
-    int64 [n], and their updates go to the rows `rows` int64 [n].
+    `gather` int64 [S × M] says which row of the batch stands where. The update at `source` int64 [n] (None: at all)
+    goes to the rows `rows` int64 [n].
     """
 
     gather: torch.Tensor
-    source: torch.Tensor
+    source: torch.Tensor | None
     rows: torch.Tensor
+
+
+class Shelf:
+    """The places of adapters whose ranks are filled up to `rank`, and the layout of the current step's rows."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.places: list[str | None] = []  # the adapter at each
+        self.layout: _Layout | None = None
+        self._last_used: dict[str, int] = {}
+        self._step = 0
+
+    def arrange(self, rows_of: Mapping[str, list[int]], device: torch.device) -> dict[int, str]:
+        """Lay out a step. Returns the adapters to be copied, by place; when that is all of them, the shelf was cleared.
+
+        Args:
+            rows_of: the rows of each adapter, at least one.
+        """
+        self._step += 1
+        self._last_used.update(dict.fromkeys(rows_of, self._step))
+        if len(self.places) > 2 * len(rows_of):
+            self.places.clear()
+        at = {digest: place for place, digest in enumerate(self.places) if digest is not None}
+        idle = [place for place, digest in enumerate(self.places) if digest not in rows_of]
+        idle.sort(key=lambda place: -self._last_used.get(self.places[place] or "", 0))
+        copied = {}
+        for digest in rows_of.keys() - at.keys():
+            if idle and (self.places[idle[-1]] is None or len(self.places) >= 2 * len(rows_of)):
+                place = idle.pop()
+                self.places[place] = digest
+            else:
+                place = len(self.places)
+                self.places.append(digest)
+            copied[place] = digest
+        self._last_used = {each: self._last_used[each] for each in self.places if each is not None}
+        self.layout = self._lay_out(rows_of, device)
+        return copied
+
+    def forget(self, digest: str) -> None:
+        """Free its place."""
+        self.places = [None if each == digest else each for each in self.places]
+
+    def _lay_out(self, rows_of: Mapping[str, list[int]], device: torch.device) -> _Layout:
+        width = max(map(len, rows_of.values()))
+        gather: list[int] = []
+        source: list[int] = []
+        rows: list[int] = []
+        for place, digest in enumerate(self.places):
+            mine = rows_of.get(digest, []) if digest is not None else []
+            gather += mine + [0] * (width - len(mine))
+            source += range(place * width, place * width + len(mine))
+            rows += mine
+        tensors = [torch.tensor(each, device=device) for each in (gather, source, rows)]
+        return _Layout(tensors[0], None if len(rows) == len(gather) else tensors[1], tensors[2])
 
 
 class LoraTable:
@@ -58,10 +112,14 @@ class LoraTable:
     def __init__(self, max_adapters: int) -> None:
         self.max_adapters = max_adapters
         self.adapters: dict[str, Adapter] = {}
-        self.stack: list[str] = []  # the adapters in every module's stack, in order
-        self.stack_version = 0
         self.segments: list[tuple[str, slice]] = []
-        self.batched: _Batched | None = None
+        self.shelves: list[Shelf] = []  # those with rows in this step
+        self._by_rank: dict[int, Shelf] = {}
+        self._modules: list[MixedLoraLinear] = []
+
+    def register(self, module: "MixedLoraLinear") -> None:
+        """Let a layer keep its part of every shelf."""
+        self._modules.append(module)
 
     def load(self, adapter: Adapter) -> None:
         """Take an adapter into use; one that is there is kept. Raises Overloaded when all slots are taken."""
@@ -74,41 +132,30 @@ class LoraTable:
         self.adapters[adapter.digest] = adapter
 
     def unload(self, digest: str) -> None:
-        """Forget an adapter, and drop the stacks that copied it; the modules let go of theirs at their next step."""
-        del self.adapters[digest]
-        if digest in self.stack:
-            self._restack([each for each in self.stack if each != digest])
+        """Forget an adapter; its place on the shelf is the first to be taken."""
+        self._shelf(self.adapters.pop(digest)).forget(digest)
 
     def assign(self, runs: Sequence[RowRun], device: torch.device) -> None:
         """Set the rows of the next forward pass: runs in row order. Neighbours of one adapter count as one run."""
         self.segments = []
-        short: dict[str, list[int]] = {}
+        short: dict[Shelf, dict[str, list[int]]] = {}
         row = 0
         for run in _merged(runs):
             if run.adapter is not None and run.num_rows >= SEGMENT_ROWS:
                 self.segments.append((run.adapter, slice(row, row + run.num_rows)))
             elif run.adapter is not None:
-                short.setdefault(run.adapter, []).extend(range(row, row + run.num_rows))
+                rows_of = short.setdefault(self._shelf(self.adapters[run.adapter]), {})
+                rows_of.setdefault(run.adapter, []).extend(range(row, row + run.num_rows))
             row += run.num_rows
-        self.batched = self._batch(short, device) if short else None
+        self.shelves = list(short)
+        for shelf, rows_of in short.items():
+            copied = shelf.arrange(rows_of, device)
+            for module in self._modules if copied else ():
+                module.place(shelf, {place: self.adapters[digest] for place, digest in copied.items()})
 
-    def _batch(self, rows_of: Mapping[str, list[int]], device: torch.device) -> _Batched:
-        if not rows_of.keys() <= set(self.stack) or len(self.stack) > 2 * len(rows_of):
-            self._restack(list(rows_of))
-        width = max(map(len, rows_of.values()))
-        gather: list[int] = []
-        source: list[int] = []
-        rows: list[int] = []
-        for index, digest in enumerate(self.stack):
-            mine = rows_of.get(digest, [])
-            gather += mine + [0] * (width - len(mine))
-            source += range(index * width, index * width + len(mine))
-            rows += mine
-        return _Batched(*(torch.tensor(each, device=device) for each in (gather, source, rows)))
-
-    def _restack(self, digests: list[str]) -> None:
-        self.stack = digests
-        self.stack_version += 1
+    def _shelf(self, adapter: Adapter) -> Shelf:
+        rank = 1 << (max(len(pair.a) for pair in adapter.pairs.values()) - 1).bit_length()
+        return self._by_rank.setdefault(rank, Shelf(rank))
 
 
 class MixedLoraLinear(nn.Module):
@@ -119,41 +166,56 @@ class MixedLoraLinear(nn.Module):
         self.base = base
         self._path = path
         self._table = table
-        self._version = -1
-        self._stack: LoraPair | None = None  # a [S, in, r] and b [S, r, out]; None: the stack's adapters leave this be
+        # This layer's part of each shelf: a [S, r, in] and b [S, r, out], S the places there is room for. None: nothing
+        # on the shelf adapts this layer.
+        self._shelves: dict[Shelf, LoraPair] = {}
+        table.register(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [1, T, in] → [1, T, out], with T the rows given to LoraTable.assign."""
         output = linear(x, self.base.weight, self.base.bias)
-        table = self._table
-        if table.batched is not None:
-            if self._version != table.stack_version:
-                self._stack, self._version = self._build_stack(), table.stack_version
-            if self._stack is not None:
-                rows = x[0].index_select(0, table.batched.gather).view(len(table.stack), -1, x.shape[2])
-                update = (rows @ self._stack.a @ self._stack.b).flatten(0, 1)
-                output[0].index_add_(0, table.batched.rows, update.index_select(0, table.batched.source))
-        for digest, rows_of in table.segments:
-            pair = table.adapters[digest].pairs.get(self._path)
+        for shelf in self._table.shelves:
+            stack, layout, places = self._shelves.get(shelf), shelf.layout, len(shelf.places)
+            if stack is not None and layout is not None:
+                rows = x[0].index_select(0, layout.gather).view(places, -1, x.shape[2])
+                update = (rows @ stack.a[:places].transpose(1, 2) @ stack.b[:places]).flatten(0, 1)
+                if layout.source is not None:
+                    update = update.index_select(0, layout.source)
+                output[0].index_add_(0, layout.rows, update)
+        for digest, rows_of in self._table.segments:
+            pair = self._table.adapters[digest].pairs.get(self._path)
             if pair is not None:
-                output[0, rows_of].addmm_(linear(x[0, rows_of], pair.a), pair.b.t())
+                output[0, rows_of].addmm_(linear(x[0, rows_of], pair.a), pair.b)
         return output
 
-    def _build_stack(self) -> LoraPair | None:
-        """The updates of the table's stack, one behind another, filled up with zeros to the highest rank."""
-        adapters = [self._table.adapters[digest] for digest in self._table.stack]
-        pairs = [adapter.pairs.get(self._path) for adapter in adapters]
-        rank = max((len(pair.a) for pair in pairs if pair is not None), default=0)
-        if rank == 0:
-            return None
-        weight = self.base.weight
-        a = weight.new_zeros(len(pairs), self.base.in_features, rank)
-        b = weight.new_zeros(len(pairs), rank, self.base.out_features)
-        for index, pair in enumerate(pairs):
-            if pair is not None:
-                a[index, :, : len(pair.a)] = pair.a.t()
-                b[index, : len(pair.a)] = pair.b.t()
-        return LoraPair(a, b)
+    @torch.inference_mode()
+    def place(self, shelf: Shelf, adapters: Mapping[int, Adapter]) -> None:
+        """Copy adapters to their places on a shelf, making room for them; ranks are filled up with zeros."""
+        if len(adapters) == len(shelf.places):
+            self._shelves.pop(shelf, None)  # it was cleared
+        for place, adapter in adapters.items():
+            pair = adapter.pairs.get(self._path)
+            if pair is None and shelf not in self._shelves:
+                continue
+            stack = self._with_room(shelf)
+            for side in ("a", "b"):
+                here = getattr(stack, side)[place]
+                rank = 0
+                if pair is not None:
+                    rank = len(pair.a)
+                    here[:rank] = getattr(pair, side)
+                here[rank:] = 0
+
+    def _with_room(self, shelf: Shelf) -> LoraPair:
+        stack, wanted = self._shelves.get(shelf), len(shelf.places)
+        if stack is None or len(stack.a) < wanted:
+            weight, capacity = self.base.weight, 1 << (wanted - 1).bit_length()
+            a = weight.new_zeros(capacity, shelf.rank, self.base.in_features)
+            b = weight.new_zeros(capacity, shelf.rank, self.base.out_features)
+            if stack is not None:
+                a[: len(stack.a)], b[: len(stack.b)] = stack.a, stack.b
+            self._shelves[shelf] = stack = LoraPair(a, b)
+        return stack
 
 
 def _merged(runs: Sequence[RowRun]) -> list[RowRun]:
