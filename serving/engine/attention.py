@@ -4,8 +4,9 @@ All requests of a step stand in one row [1, T]. Stock attention would build one 
 to 4 times slower than padded batches on a CPU). Instead the function here is registered with transformers under NAME;
 it has no mask function beside it, for which transformers builds no mask at all; and it attends sequence by sequence:
 
-- *Single rows* (decode steps) of all requests go as one padded call. The query heads that share a key head are laid
-  along the query axis, so keys are never repeated for grouped-query attention.
+- *Single rows* (decode steps) of all requests go in one call: on a CPU in float32 of our own kernel (kernels.py), which
+  reads keys and values where they lie; else padded, the query heads that share a key head laid along the query axis,
+  so that keys are never repeated for grouped-query attention.
 - *Longer chunks* (prefill) go one call each, causal, over the fresh keys or, for a later chunk, the pool's.
 
 Which rows belong to whom comes as `packed=PackedRows`, a keyword that transformers carries through the model's
@@ -15,6 +16,7 @@ change its answers if ignored, so an unknown keyword is refused.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -22,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 from cluster.errors import ModelError
+from serving.engine import kernels
 from serving.engine.kv import KvPool
 
 NAME = "luthier_packed"
@@ -62,7 +65,16 @@ class PackedRows:
         self.chunks = [span for span in spans if span.num_rows > 1]
         assert list(spans) == [*self.singles, *self.chunks], "single rows must come first"
         self._decode: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._runs: dict[int | None, tuple[torch.Tensor, torch.Tensor, int]] = {}
         self._chunk_masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+
+    def decode_runs(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """For the single rows: the slots seen, one row's behind the other's, where each begins, and the longest."""
+        if window not in self._runs:
+            seen = [span.slots[_first_seen(span.start, window) : span.end] for span in self.singles]
+            lengths = [len(each) for each in seen]
+            self._runs[window] = (torch.cat(seen), torch.tensor([0, *accumulate(lengths)]), max(lengths))
+        return self._runs[window]
 
     def decode_view(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """For the single rows: slots [D, L] padded with the null slot, and where they are real, bool [D, 1, 1, L]."""
@@ -128,14 +140,17 @@ def packed_attention(
     output = value.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [T, heads, d]
 
     if packed.singles:
-        slots, real = packed.decode_view(sliding_window)
-        keys, values = packed.pool.read(layer, slots)
-        count, kv_heads = len(packed.singles), key.shape[1]
-        grouped = (
-            query[0, :, :count].transpose(0, 1).reshape(count, kv_heads, -1, query.shape[3])
-        )  # [D, kv_heads, group, d]
-        seen = _attend(grouped, keys, values, real, False, scaling, softcap)
-        output[:count] = seen.flatten(1, 2)
+        singles = query[0, :, : len(packed.singles)].transpose(0, 1)  # [D, heads, d]
+        if kernels.is_usable(singles, value):
+            keys, values = packed.pool.layer(layer)
+            slots, starts, longest = packed.decode_runs(sliding_window)
+            output[: len(singles)] = kernels.attend(singles, keys, values, slots, starts, longest, scaling, softcap)
+        else:
+            slots, real = packed.decode_view(sliding_window)
+            keys, values = packed.pool.read(layer, slots)
+            grouped = singles.reshape(len(singles), key.shape[1], -1, query.shape[3])  # [D, kv_heads, group, d]
+            seen = _attend(grouped, keys, values, real, False, scaling, softcap)
+            output[: len(singles)] = seen.flatten(1, 2)
 
     for span in packed.chunks:
         rows = slice(span.row, span.row + span.num_rows)

@@ -73,6 +73,10 @@ class KvPool:
         keys.index_copy_(0, slots, key[0].transpose(0, 1))
         values.index_copy_(0, slots, value[0].transpose(0, 1))
 
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's keys and values, each [slots, kv_heads, head_dim]."""
+        return self._layers[layer]
+
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values at `slots` [batch, length]: each [batch, kv_heads, length, head_dim]."""
         keys, values = self._layers[layer]
