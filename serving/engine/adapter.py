@@ -71,6 +71,11 @@ class Adapter:
     digest: str
     pairs: Mapping[str, LoraPair]
 
+    @property
+    def rank(self) -> int:
+        """The highest of its modules."""
+        return max(len(pair.a) for pair in self.pairs.values())
+
 
 @dataclass(frozen=True)
 class Target:
@@ -168,7 +173,7 @@ def _pair(
                 f"{folder}: tensor {name}{side}.weight has shape {tuple(sides[side].shape)}, expected {expected}"
             )
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    a = sides["A"].to(target.device, target.dtype)
+    a = sides["A"].to(target.device, target.dtype).contiguous()
     b = (sides["B"].float() * scaling).t().to(target.device, target.dtype).contiguous()
     for side, tensor in (("A", a), ("B", b)):
         if not bool(torch.isfinite(tensor).all()):

@@ -141,7 +141,7 @@ def packed_attention(
 
     if packed.singles:
         singles = query[0, :, : len(packed.singles)].transpose(0, 1)  # [D, heads, d]
-        if kernels.is_usable(singles, value):
+        if kernels.are_usable(value.device, value.dtype) and value.shape[3] == query.shape[3]:
             keys, values = packed.pool.layer(layer)
             slots, starts, longest = packed.decode_runs(sliding_window)
             output[: len(singles)] = kernels.attend(singles, keys, values, slots, starts, longest, scaling, softcap)

@@ -1,4 +1,4 @@
-"""The door to our one kernel in C: built with the system's compiler at first use, kept in the node's cache.
+"""The door to our kernels in C: built with the system's compiler at first use, kept in the node's cache.
 
 Where there is no compiler the engine computes the same with torch alone, slower, and says so once.
 """
@@ -11,19 +11,44 @@ import os
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from cluster.models import cache_folder
 
-_SOURCE = Path(__file__).with_name("attend.c")
+_SOURCE = Path(__file__).with_name("kernels.c")
 # -ffast-math when compiling lets sums be vectorised; when linking it would change how the whole process rounds.
 _COMPILE = ("-O3", "-march=native", "-ffast-math", "-fPIC", "-c")
 _LINK = ("-shared",)
 _TIMEOUT_S = 120
 
 _log = logging.getLogger(__name__)
+
+
+# As `Adapter` in kernels.c: the addresses of its matrices in one layer, and its rank there.
+ADAPTER = np.dtype([("a", np.uint64), ("b", np.uint64), ("rank", np.int64)])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows by adapter: group g has rows[starts[g] : starts[g + 1]] and the adapter of slots[g]; all int64, contiguous.
+
+    `largest` is the largest group times the highest rank.
+    """
+
+    slots: npt.NDArray[np.int64]
+    starts: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    largest: int
+
+
+def are_usable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether they can compute for this kind of tensor, and could be built."""
+    return device.type == "cpu" and dtype == torch.float32 and _library() is not None
 
 
 def attend(
@@ -48,42 +73,56 @@ def attend(
         [rows, heads, dim].
     """
     library = _library()
-    assert library is not None, "ask is_usable first"
+    assert library is not None, "ask are_usable first"
     rows, heads, dim = query.shape
     kv_heads = keys.shape[1]
-    group = heads // kv_heads
     out = query.new_empty(rows, heads, dim)
-    scores = query.new_empty(group * longest)
+    scores = query.new_empty(heads * longest)
     library.attend(
         out.data_ptr(), query.data_ptr(), query.stride(0), query.stride(1), keys.data_ptr(), values.data_ptr(),
-        slots.data_ptr(), starts.data_ptr(), rows, kv_heads, group, dim, scaling, softcap or 0.0, scores.data_ptr(),
+        slots.data_ptr(), starts.data_ptr(), rows, kv_heads, heads // kv_heads, dim, scaling, softcap or 0.0,
+        scores.data_ptr(),
     )  # fmt: skip
     return out
 
 
-def is_usable(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `attend` can do this layer: float32 on a CPU, keys as wide as values, and a compiler."""
-    fits = query.device.type == "cpu" and query.dtype == torch.float32 and query.shape[-1] == value.shape[-1]
-    return fits and query.stride(-1) == 1 and _library() is not None
+def update(out: torch.Tensor, x: torch.Tensor, adapters: npt.NDArray[np.void], groups: Groups) -> None:
+    """Add the low-rank updates of many adapters to their rows, in place.
+
+    Args:
+        out, x: [rows, out_features] and [rows, in_features], float32, contiguous.
+        adapters: ADAPTER [slots], the layer's.
+    """
+    library = _library()
+    assert library is not None, "ask are_usable first"
+    low = x.new_empty(groups.largest)
+    library.update(
+        out.data_ptr(), x.data_ptr(), x.shape[1], out.shape[1], adapters.ctypes.data, len(groups.slots),
+        groups.slots.ctypes.data, groups.starts.ctypes.data, groups.rows.ctypes.data, low.data_ptr(),
+    )  # fmt: skip
 
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
-        _log.warning("no C compiler (CC, cc) here, so that decode attention is slower")
+        _log.warning("no C compiler (CC, cc) here, so that decoding is slower")
         return None
     try:
         library = ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
-        _log.warning("%s could not be built, so that decode attention is slower: %s", _SOURCE.name, said)
+        _log.warning("%s could not be built, so that decoding is slower: %s", _SOURCE.name, said)
         return None
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    library.attend.restype = None
+    library.attend.restype = library.update.restype = None
     library.attend.argtypes = (
         *(pointer, pointer, integer, integer, pointer, pointer, pointer, pointer),
         *(integer, integer, integer, integer, number, number, pointer),
+    )
+    library.update.argtypes = (
+        *(pointer, pointer, integer, integer, pointer),
+        *(integer, pointer, pointer, pointer, pointer),
     )
     return library
 
@@ -98,7 +137,7 @@ def _built(compiler: str) -> Path:
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            made, linked = Path(folder) / "attend.o", Path(folder) / target.name
+            made, linked = Path(folder) / "kernels.o", Path(folder) / target.name
             for command in ([*_COMPILE, str(_SOURCE), "-o", str(made)], [*_LINK, str(made), "-o", str(linked), "-lm"]):
                 subprocess.run([compiler, *command], capture_output=True, text=True, check=True, timeout=_TIMEOUT_S)
             linked.rename(target)

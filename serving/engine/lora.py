@@ -5,24 +5,28 @@ adapters and, for the step that runs, which rows belong to whom. Two ways to com
 (adjacent rows of one adapter):
 
 - *by segment*, from SEGMENT_ROWS rows on (prefill): two products for the run alone.
-- *by shelf*, below that (decode, where each adapter has a row or two): a shelf holds adapters of about one rank, their
-  matrices one behind another, filled up to a power of two; the rows are gathered by adapter, and all adapters of the
-  shelf go in two batched products, [S, M, in] × [S, in, r] × [S, r, out]. For decode this reads every matrix once, at
-  the speed of the memory: 128 adapters of rank 16 cost what reading them costs.
+- *in place*, below that (decode, where each adapter has a row or two), on a CPU in float32: a kernel of ours
+  (kernels.c) reads each adapter's matrices where they are, whatever their ranks.
+- *by shelf*, elsewhere: a shelf holds adapters of about one rank, their matrices one behind another, filled up to a
+  power of two; the rows are gathered by adapter, and all adapters of the shelf go in two batched products,
+  [S, M, in] × [S, in, r] × [S, r, out]. An adapter is copied to its shelf when it first has such rows, and stays there
+  as long as others do not need its place, so that decoding rebuilds nothing. A shelf is at most half empty.
 
-An adapter is copied to its shelf when it first has such rows, and stays there as long as others do not need its place,
-so that decoding rebuilds nothing. A shelf is at most half empty: leavers do not slow the rest for ever. No row ever
-meets another adapter's weights, so one that overflows stays alone with it.
+Either reads every matrix once, at the speed of the memory: 128 adapters cost what reading them costs. No row ever meets
+another adapter's weights, so one that overflows stays alone with it.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import linear
 
 from cluster.errors import Overloaded
+from serving.engine import kernels
 from serving.engine.adapter import Adapter, LoraPair
 
 SEGMENT_ROWS = 16
@@ -113,7 +117,9 @@ class LoraTable:
         self.max_adapters = max_adapters
         self.adapters: dict[str, Adapter] = {}
         self.segments: list[tuple[str, slice]] = []
+        self.groups: kernels.Groups | None = None
         self.shelves: list[Shelf] = []  # those with rows in this step
+        self._slots: dict[str, int] = {}  # where each layer's table has an adapter
         self._by_rank: dict[int, Shelf] = {}
         self._modules: list[MixedLoraLinear] = []
 
@@ -129,32 +135,59 @@ class LoraTable:
             raise Overloaded(
                 f"all {self.max_adapters} adapter slots of the engine are taken (max_adapters); unload one first"
             )
+        slot = next(each for each in range(self.max_adapters) if each not in self._slots.values())
+        for module in self._modules:
+            module.set_slot(slot, adapter)
+        self._slots[adapter.digest] = slot
         self.adapters[adapter.digest] = adapter
 
     def unload(self, digest: str) -> None:
-        """Forget an adapter; its place on the shelf is the first to be taken."""
+        """Forget an adapter."""
         self._shelf(self.adapters.pop(digest)).forget(digest)
+        slot = self._slots.pop(digest)
+        for module in self._modules:
+            module.set_slot(slot, None)
 
-    def assign(self, runs: Sequence[RowRun], device: torch.device) -> None:
+    def assign(self, runs: Sequence[RowRun], device: torch.device, dtype: torch.dtype) -> None:
         """Set the rows of the next forward pass: runs in row order. Neighbours of one adapter count as one run."""
-        self.segments = []
-        short: dict[Shelf, dict[str, list[int]]] = {}
+        self.segments, self.shelves, self.groups = [], [], None
+        short: dict[str, list[int]] = {}
         row = 0
         for run in _merged(runs):
             if run.adapter is not None and run.num_rows >= SEGMENT_ROWS:
                 self.segments.append((run.adapter, slice(row, row + run.num_rows)))
             elif run.adapter is not None:
-                rows_of = short.setdefault(self._shelf(self.adapters[run.adapter]), {})
-                rows_of.setdefault(run.adapter, []).extend(range(row, row + run.num_rows))
+                short.setdefault(run.adapter, []).extend(range(row, row + run.num_rows))
             row += run.num_rows
-        self.shelves = list(short)
-        for shelf, rows_of in short.items():
-            copied = shelf.arrange(rows_of, device)
+        if short and kernels.are_usable(device, dtype):
+            self.groups = self._group(short)
+        elif short:
+            self._shelve(short, device)
+
+    def _group(self, short: Mapping[str, list[int]]) -> kernels.Groups:
+        slots = [self._slots[digest] for digest in short]
+        counts = [len(rows) for rows in short.values()]
+        rows = [row for rows in short.values() for row in rows]
+        ranks = (self.adapters[digest].rank for digest in short)
+        return kernels.Groups(
+            np.array(slots, np.int64),
+            np.array([0, *accumulate(counts)], np.int64),
+            np.array(rows, np.int64),
+            largest=max(counts) * max(ranks),
+        )
+
+    def _shelve(self, short: Mapping[str, list[int]], device: torch.device) -> None:
+        rows_of: dict[Shelf, dict[str, list[int]]] = {}
+        for digest, rows in short.items():
+            rows_of.setdefault(self._shelf(self.adapters[digest]), {})[digest] = rows
+        self.shelves = list(rows_of)
+        for shelf, mine in rows_of.items():
+            copied = shelf.arrange(mine, device)
             for module in self._modules if copied else ():
                 module.place(shelf, {place: self.adapters[digest] for place, digest in copied.items()})
 
     def _shelf(self, adapter: Adapter) -> Shelf:
-        rank = 1 << (max(len(pair.a) for pair in adapter.pairs.values()) - 1).bit_length()
+        rank = 1 << (adapter.rank - 1).bit_length()
         return self._by_rank.setdefault(rank, Shelf(rank))
 
 
@@ -166,6 +199,7 @@ class MixedLoraLinear(nn.Module):
         self.base = base
         self._path = path
         self._table = table
+        self._slots = np.zeros(table.max_adapters, kernels.ADAPTER)
         # This layer's part of each shelf: a [S, r, in] and b [S, r, out], S the places there is room for. None: nothing
         # on the shelf adapts this layer.
         self._shelves: dict[Shelf, LoraPair] = {}
@@ -174,6 +208,8 @@ class MixedLoraLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [1, T, in] → [1, T, out], with T the rows given to LoraTable.assign."""
         output = linear(x, self.base.weight, self.base.bias)
+        if self._table.groups is not None:
+            kernels.update(output[0], x[0].contiguous(), self._slots, self._table.groups)
         for shelf in self._table.shelves:
             stack, layout, places = self._shelves.get(shelf), shelf.layout, len(shelf.places)
             if stack is not None and layout is not None:
@@ -187,6 +223,11 @@ class MixedLoraLinear(nn.Module):
             if pair is not None:
                 output[0, rows_of].addmm_(linear(x[0, rows_of], pair.a), pair.b)
         return output
+
+    def set_slot(self, slot: int, adapter: Adapter | None) -> None:
+        """Note where this layer's part of an adapter is. The table keeps the adapter as long as it is in the slot."""
+        pair = adapter.pairs.get(self._path) if adapter is not None else None
+        self._slots[slot] = (pair.a.data_ptr(), pair.b.data_ptr(), len(pair.a)) if pair is not None else (0, 0, 0)
 
     @torch.inference_mode()
     def place(self, shelf: Shelf, adapters: Mapping[int, Adapter]) -> None:

@@ -73,7 +73,8 @@ class PackedModel:
         for chunk in chunks:
             spans.append(attention.Span(row, chunk.start, chunk.end, self._slots_of(chunk.sequence)))
             row += chunk.num_tokens
-        self.table.assign([RowRun(each.sequence.request.adapter, each.num_tokens) for each in chunks], self.device)
+        runs = [RowRun(each.sequence.request.adapter, each.num_tokens) for each in chunks]
+        self.table.assign(runs, self.device, self.target.dtype)
         ids = [token for each in chunks for token in each.sequence.tokens[each.start : each.end]]
         positions = [position for each in chunks for position in range(each.start, each.end)]
         last_rows = [span.row + span.num_rows - 1 for span, each in zip(spans, chunks, strict=True) if each.samples]
