@@ -1,0 +1,265 @@
+"""Serving: mixed adapters beside the base alone, beside vLLM, and beside peft.
+
+    scripts/bench serve [--json] [--rounds 3] [--quick]
+
+One random 19-million-parameter Qwen3 shape (workload.py), fp32, one process with one thread, greedy. Adapters adapt all
+linear layers, at ranks of 4, 8 and 16 in turn. A request has 64 tokens of prompt and gets 64; 32 requests are sent at
+once, 128 where 128 adapters take part. Counted are tokens generated per processor second, prompts read included.
+
+    mixed_N_over_base    N adapters in turn against the base alone, the same requests, on our engine
+    prefill_N, decode_N  the same by part: prompts of 512 tokens with one token each, and 64 tokens after 8
+    base_over_vllm       the base alone, ours against vLLM
+    mixed_8_over_vllm    8 adapters in turn, ours against vLLM
+    mixed_32_over_peft   32 adapters in turn, ours against peft with one adapter at a time (set_adapter, generate)
+    mixed_8_over_names   8 adapters in turn, ours against peft's own mixed batches (adapter_names)
+
+vLLM runs in .venv-vllm, which scripts/setup-vllm makes; without that, and with --quick, whose heads are too narrow for
+it, it is left out. It is compiled and warmed up. No two prompts begin alike, so no prefix cache has a part in this.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import torch
+from safetensors.torch import save_file
+
+from cluster import env, logs
+from cluster.errors import LuthierError, RunFailed
+from scripts.benchmarks import workload
+from scripts.benchmarks.report import REPOSITORY, Measure, show
+from serving.engine.adapter import read_adapter
+from serving.engine.core import EngineCore
+from serving.engine.native import NativeOptions, load_core
+from serving.engine.protocol import GenerationRequest, SamplingParams
+
+UNIT = "tokens per CPU-second"
+VLLM = REPOSITORY / ".venv-vllm" / "bin" / "python"
+PEER = REPOSITORY / "scripts" / "benchmarks" / "peers" / "vllm_serve.py"
+RANKS = (4, 8, 16)
+PROMPT, NEW = 64, 64
+FEW, MANY = 32, 128
+
+Part = Literal["whole", "prefill", "decode"]
+LENGTHS: dict[Part, tuple[int, int]] = {"whole": (PROMPT, NEW), "prefill": (512, 1), "decode": (8, NEW)}
+
+
+class Requests:
+    """Prompts of random words, the same in every round, and how many adapters take part in turn."""
+
+    def __init__(self, count: int, adapters: int, part: Part = "whole") -> None:
+        prompt, self.new = LENGTHS[part]
+        draw = random.Random(count)
+        self.prompts = [[draw.randrange(300, 6_000) for _ in range(prompt)] for _ in range(count)]
+        self.adapters = [index % adapters if adapters else None for index in range(count)]
+
+
+def write_adapter(folder: Path, index: int, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """A peft folder with small random matrices."""
+    rank = RANKS[index % len(RANKS)]
+    draw = torch.Generator().manual_seed(index)
+    tensors = {}
+    for module, (outputs, inputs) in shapes.items():
+        for side, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+            tensors[f"base_model.model.{module}.lora_{side}.weight"] = 0.02 * torch.randn(shape, generator=draw)
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    targets = sorted({module.rpartition(".")[2] for module in shapes})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+Run = Callable[[Requests], float]
+
+
+class Ours:
+    """The native engine's core, stepped here: no thread, no loop, nothing but the engine."""
+
+    def __init__(self, model: Path) -> None:
+        self.core: EngineCore = load_core(
+            model,
+            NativeOptions(kv_tokens=64 * 1024, max_running=MANY, max_waiting=MANY, max_adapters=MANY, num_threads=1),
+        )
+
+    def load(self, folders: Sequence[Path]) -> None:
+        for index, folder in enumerate(folders):
+            self.core.load(read_adapter(str(index), folder, self.core.target))
+
+    def run(self, requests: Requests) -> float:
+        """Tokens per CPU-second."""
+        params = SamplingParams(max_tokens=requests.new, temperature=0)
+        began = time.process_time()
+        for index, (prompt, adapter) in enumerate(zip(requests.prompts, requests.adapters, strict=True)):
+            name = None if adapter is None else str(adapter)
+            self.core.add(GenerationRequest(str(index), prompt, name, params))
+        tokens = 0
+        while self.core.has_work:
+            tokens += sum(event.token_id is not None for _, event in self.core.step())
+        return tokens / (time.process_time() - began)
+
+
+class Peft:
+    """peft on transformers' generate: one adapter at a time, or its own mixed batches."""
+
+    def __init__(self, model: Path, folders: Sequence[Path]) -> None:
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self._model: Any = PeftModel.from_pretrained(base, folders[0], adapter_name="0")
+        for index, folder in enumerate(folders[1:], start=1):
+            self._model.load_adapter(folder, adapter_name=str(index))
+        self._model.eval()
+
+    def one_at_a_time(self, requests: Requests) -> float:
+        """Tokens per CPU-second; the requests of an adapter go as one batch."""
+        began, tokens = time.process_time(), 0
+        for adapter in sorted({each for each in requests.adapters if each is not None}):
+            self._model.set_adapter(str(adapter))
+            mine = [index for index, each in enumerate(requests.adapters) if each == adapter]
+            tokens += self._generate([requests.prompts[index] for index in mine], requests.new)
+        return tokens / (time.process_time() - began)
+
+    def mixed(self, requests: Requests) -> float:
+        """Tokens per CPU-second, by adapter_names."""
+        began = time.process_time()
+        names = [str(each) for each in requests.adapters]
+        return self._generate(requests.prompts, requests.new, adapter_names=names) / (time.process_time() - began)
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[list[int]], new: int, **more: Any) -> int:
+        ids = torch.tensor(prompts)
+        given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        made = self._model.generate(input_ids=ids, eos_token_id=None, **given, **more)
+        return int((made.shape[1] - ids.shape[1]) * len(prompts))
+
+
+class Vllm:
+    """vLLM in its own environment, which answers a line of JSON for a line."""
+
+    def __init__(self, model: Path, folders: Sequence[Path], log: IO[str]) -> None:
+        variables = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else its engine's CPU time is another process's
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        self._log = log
+        self._process = subprocess.Popen(
+            [VLLM, PEER, model, *folders],
+            env=variables,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+        )
+        self._read()
+
+    def run(self, requests: Requests) -> float:
+        """Tokens per CPU-second."""
+        assert self._process.stdin is not None
+        said = {"prompts": requests.prompts, "adapters": requests.adapters, "new": requests.new}
+        self._process.stdin.write(json.dumps(said) + "\n")
+        self._process.stdin.flush()
+        answer = self._read()
+        return float(answer["tokens"]) / float(answer["cpu_s"])
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        self._log.seek(0)
+        raise RunFailed(f"vLLM ended: {self._log.read()[-2_000:]}")
+
+
+def measure(folder: Path, rounds: int, quick: bool) -> list[Measure]:
+    """All comparisons, contestants taking turns."""
+    model = folder / "model"
+    workload.write_model(model, workload.QUICK if quick else workload.FULL)
+    ours = Ours(model)
+    folders = [folder / f"adapter-{index}" for index in range(MANY)]
+    for index, each in enumerate(folders):
+        write_adapter(each, index, ours.core.target.shapes)
+    ours.load(folders)
+    peft = Peft(model, folders[:FEW])
+    with ExitStack() as stack:
+        vllm = None
+        if VLLM.exists() and not quick:
+            log = stack.enter_context((folder / "vllm.log").open("w+"))
+            vllm = Vllm(model, folders[:8], log)
+            stack.callback(vllm.close)
+        torch.set_num_threads(1)
+        return _measure(ours, peft, vllm, rounds)
+
+
+def _measure(ours: Ours, peft: Peft, vllm: Vllm | None, rounds: int) -> list[Measure]:
+    pairs: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {}
+
+    def pair(
+        name: str, first: Callable[[Requests], float], second: Callable[[Requests], float], *two: Requests
+    ) -> None:
+        pairs[name] = (lambda: first(two[0])), (lambda: second(two[-1]))
+
+    for adapters in (1, 8, 32, MANY):
+        count = MANY if adapters == MANY else FEW
+        requests = Requests(count, adapters), Requests(count, 0)
+        pair(f"mixed_{adapters}_over_base", ours.run, ours.run, *requests)
+    for part in ("prefill", "decode"):
+        for adapters in (8, MANY):
+            count = MANY if adapters == MANY else FEW
+            requests = Requests(count, adapters, part), Requests(count, 0, part)
+            pair(f"{part}_{adapters}_over_base", ours.run, ours.run, *requests)
+    if vllm:
+        pair("base_over_vllm", ours.run, vllm.run, Requests(FEW, 0))
+        pair("mixed_8_over_vllm", ours.run, vllm.run, Requests(FEW, 8))
+    pair("mixed_32_over_peft", ours.run, peft.one_at_a_time, Requests(FEW, 32))
+    pair("mixed_8_over_names", ours.run, peft.mixed, Requests(FEW, 8))
+
+    figures: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in pairs}
+    ours.run(Requests(FEW, 8))  # the first run of anything is slower
+    for _ in range(rounds):
+        for name, (first, second) in pairs.items():
+            figures[name][0].append(first())
+            figures[name][1].append(second())
+    return [Measure(name, UNIT, *both) for name, both in figures.items()]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/bench serve", description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each contestant (default: 3)")
+    parser.add_argument("--quick", action="store_true", help="one round of a tiny model: does it work at all?")
+    given = parser.parse_args()
+    if given.rounds < 1:
+        parser.error("at least 1 round")
+    try:
+        with tempfile.TemporaryDirectory(prefix="luthier-bench-") as name:
+            os.environ[env.LUTHIER_CACHE] = f"{name}/cache"
+            measures = measure(Path(name), 1 if given.quick else given.rounds, given.quick)
+    except LuthierError as error:
+        return logs.fail(error)
+    show("Mixed adapters, one thread, fp32", measures, given.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
