@@ -12,7 +12,7 @@ from mmap import mmap
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.errors import ObjectDamaged
 from cluster.store import Store
@@ -35,8 +35,10 @@ def read(store: Store, key: str, kind: type[AnyRecord]) -> AnyRecord:
     data = store.get(key)
     try:
         return kind.model_validate_json(data)
-    except ValueError as error:
-        raise ObjectDamaged(f"{store.url}/{key} is not a {kind.__name__}: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = "".join(f"{part}: " for part in first["loc"])
+        raise ObjectDamaged(f"{store.url}/{key} is not a {kind.__name__}: {where}{first['msg']}") from error
 
 
 def now() -> str:

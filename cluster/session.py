@@ -19,6 +19,9 @@ from cluster.place import ClusterConfig
 
 CONNECT_TIMEOUT_S = 10.0
 
+SHARED_PLACES = 8
+"""Workers that a private cluster takes on a machine of fewer cores: enough to try what many do."""
+
 
 @contextmanager
 def joined(cluster: ClusterConfig, workers: int, most: int | None = None) -> Iterator[None]:
@@ -28,7 +31,8 @@ def joined(cluster: ClusterConfig, workers: int, most: int | None = None) -> Ite
         check_address(address)
     try:
         if address == "local":
-            cpus = max((most or workers) * cluster.cpus_per_worker, os.cpu_count() or 1)
+            places = min(most or workers, SHARED_PLACES)
+            cpus = max(places * cluster.cpus_per_worker, os.cpu_count() or 1)
             ray.init(address="local", num_cpus=cpus, include_dashboard=True)
         else:
             ray.init(address=address)

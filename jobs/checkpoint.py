@@ -11,7 +11,7 @@ import fcntl
 import json
 import mmap
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import sha256
@@ -97,11 +97,21 @@ class Restored:
                     raise ObjectDamaged(f"checkpoint {manifest.step}: {part} of {name} has no element {end}")
                 end = start + count
 
-    def elements(self) -> dict[str, int]:
-        """How many elements each parameter has."""
-        return {
-            name: pieces[-1][0] + pieces[-1][1] for (part, name), pieces in self._pieces.items() if part == "weight"
-        }
+    def elements(self, part: str = "weight") -> dict[str, int]:
+        """How many elements of a part each parameter has."""
+        return {name: pieces[-1][0] + pieces[-1][1] for (of, name), pieces in self._pieces.items() if of == part}
+
+    def check(self, elements: Mapping[str, int]) -> None:
+        """Raise ObjectDamaged unless it holds these parameters, by name, with so many elements each."""
+        for part in PARTS:
+            held = self.elements(part)
+            wrong = sorted(name for name in held.keys() | elements.keys() if held.get(name) != elements.get(name))
+            if wrong:
+                name = wrong[0]
+                raise ObjectDamaged(
+                    f"checkpoint {self.next_step}: {part} of {name} has {held.get(name, 0)} elements, and the model "
+                    f"trains {elements.get(name, 0)} ({len(wrong)} parameters differ)"
+                )
 
     def read(self, part: str, name: str, start: int, count: int) -> Tensor:
         """`count` elements of a parameter's flattened part (PARTS), from `start` on, fp32 on the host."""
@@ -126,14 +136,17 @@ class Found:
     passed_over: list[str]
 
 
-def load_latest(store: Store, run_id: str) -> Found:
+def load_latest(store: Store, run_id: str, elements: Mapping[str, int]) -> Found:
     """The newest checkpoint that is whole, verified byte by byte; damaged ones are named and passed over.
 
     A collective: rank 0 chooses, so that no two ranks can resume at different steps.
+
+    Args:
+        elements: how many each trained parameter has, by name.
     """
     chosen: list[Any] = [None]
     if dist.get_rank() == 0:
-        found = newest_whole(store, run_id)
+        found = newest_whole(store, run_id, elements)
         chosen = [(found.restored.next_step if found.restored else None, found.passed_over)]
         dist.broadcast_object_list(chosen)
         return found
@@ -142,12 +155,15 @@ def load_latest(store: Store, run_id: str) -> Found:
     return Found(load(store, run_id, step) if step is not None else None, passed_over)
 
 
-def newest_whole(store: Store, run_id: str) -> Found:
-    """As `load_latest`, for one process."""
+def newest_whole(store: Store, run_id: str, elements: Mapping[str, int] | None = None) -> Found:
+    """As `load_latest`, for one process; without `elements` it may be a checkpoint of any parameters."""
     passed_over: list[str] = []
     for step in reversed(runs.checkpoint_steps(store, run_id)):
         try:
-            return Found(load(store, run_id, step), passed_over)
+            restored = load(store, run_id, step)
+            if elements is not None:
+                restored.check(elements)
+            return Found(restored, passed_over)
         except (ObjectDamaged, ObjectNotFound) as error:
             passed_over.append(f"checkpoint {step} cannot be used: {error}")
     return Found(None, passed_over)
@@ -157,6 +173,8 @@ def load(store: Store, run_id: str, step: int) -> Restored:
     """One checkpoint, its shards fetched and verified once a node. Raises ObjectDamaged, ObjectNotFound."""
     key = keys.checkpoint_manifest(run_id, step)
     manifest = records.read(store, key, CheckpointManifest)
+    if (manifest.run_id, manifest.step) != (run_id, step):
+        raise ObjectDamaged(f"{store.url}/{key} is of run {manifest.run_id}, step {manifest.step}")
     above = models.cache_folder() / "checkpoints"
     above.mkdir(parents=True, exist_ok=True)
     # Named by its content, because a step that was damaged may be written again.
@@ -195,25 +213,36 @@ def kept(found: dict[int, float | None], retention: Retention) -> set[int]:
 def collect(store: Store, run_id: str, retention: Retention) -> list[int]:
     """Delete what no committed and kept checkpoint refers to, manifests first. Returns the steps that went.
 
-    What lies above the newest commit is left alone: it may be on its way.
+    A checkpoint of an attempt whose successor began below it is not kept, since that one had to pass it over. What
+    lies above the newest commit is left alone otherwise: it may be on its way.
     """
     prefix = keys.checkpoints_prefix(run_id)
     files: dict[int, list[str]] = {}
     for item in store.list(prefix):
         files.setdefault(int(item.key.removeprefix(prefix).split("/")[0]), []).append(item.key)
+    attempts = runs.attempts(store, run_id)
     manifests: dict[int, CheckpointManifest] = {}
     for step, names in files.items():
         key = keys.checkpoint_manifest(run_id, step)
-        if key in names:
-            try:
-                manifests[step] = records.read(store, key, CheckpointManifest)
-            except StoreError:  # nothing is deleted on the word of a record that cannot be read
-                return []
+        if key not in names:
+            continue
+        try:
+            manifest = records.read(store, key, CheckpointManifest)
+        except StoreError:
+            if not attempts or attempts[-1].first_step >= step:
+                return []  # nothing is deleted on the word of a record that cannot be read
+            store.delete(key)
+            continue
+        if any(each.number > manifest.attempt and each.first_step < step for each in attempts):
+            for name in (key, *(keys.checkpoint_prefix(run_id, step) + file.file for file in manifest.files)):
+                store.delete(name)
+        else:
+            manifests[step] = manifest
     stay = kept({step: each.metric for step, each in manifests.items()}, retention)
     newest = max(manifests, default=-1)
     for step in (step for step in files if step < newest and step not in stay):
-        manifest = keys.checkpoint_manifest(run_id, step)
-        for key in sorted(files[step], key=lambda key: key != manifest):
+        manifest_key = keys.checkpoint_manifest(run_id, step)
+        for key in sorted(files[step], key=lambda key: key != manifest_key):
             store.delete(key)
     for step in stay:
         named = {keys.checkpoint_prefix(run_id, step) + file.file for file in manifests[step].files}

@@ -183,9 +183,13 @@ def logs(
     from cluster.store import open_existing
     from jobs import runs
 
-    for event in runs.follow(open_existing(store), run_id, wait=follow):
+    opened = open_existing(store)
+    for event in runs.follow(opened, run_id, wait=follow):
         cost = f" ({event.steps_lost} steps, {event.seconds_lost:.1f} s lost)" if event.steps_lost else ""
         print(f"{event.at}  {event.state or '':<10} {event.text}{cost}", flush=True)
+    if runs.find(opened, run_id).state == "lost":
+        silent = f"its driver has given no sign of life for {runs.LOST_AFTER_S:.0f} s"
+        print(f"{'now':<20}  lost       {silent}; `luthier jobs resume {run_id} --store {store}` goes on with it")
 
 
 @app.command()

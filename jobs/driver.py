@@ -84,7 +84,8 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
     found = runs.find(store, run_id)
     if found.state not in ("stopped", "failed", "lost"):
         still = "has succeeded: there is nothing to go on with" if found.state == "succeeded" else f"is {found.state}"
-        raise InputError(f"run {run_id} {still}; `luthier jobs show {run_id} --store {url}` tells more")
+        wait = ", or is lost, which shows within a minute" if found.state != "succeeded" else ""
+        raise InputError(f"run {run_id} {still}{wait}; `luthier jobs show {run_id} --store {url}` tells more")
     recipe = _recipe_again(found.record, overrides)
     if started := runs.attempts(store, run_id):  # as it was last, where memory has corrected the recipe
         recipe = recipe.at(micro_batch=min(recipe.train.micro_batch, started[-1].micro_batch))

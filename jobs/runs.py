@@ -15,10 +15,11 @@ from typing import Any
 from uuid import uuid4
 
 from cluster import keys, records
-from cluster.errors import InputError, ObjectDamaged, ObjectExists, ObjectNotFound
+from cluster.errors import InputError, ObjectDamaged, ObjectExists, ObjectNotFound, StoreError
 from cluster.records import (
     ENDED,
     AttemptRecord,
+    CheckpointManifest,
     CheckpointRef,
     Heartbeat,
     Record,
@@ -117,7 +118,7 @@ def driver_of(store: Store, run_id: str) -> str | None:
 def find(store: Store, run_id: str) -> Run:
     """A run by its id. Raises InputError when there is none."""
     try:
-        if "/" in run_id or not run_id.strip("."):
+        if not keys.is_name(run_id):
             raise ObjectNotFound(run_id)
         record = records.read(store, keys.run_record(run_id), RunRecord)
     except ObjectNotFound:
@@ -143,7 +144,24 @@ def find_checkpoint(store: Store, reference: str) -> CheckpointRef:
     if not steps or (at and (not step.isdecimal() or int(step) not in steps)):
         have = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
         raise InputError(f"from={reference}: no such checkpoint of run {run_id}; {have}")
-    return CheckpointRef(run_id=run_id, step=int(step) if step else steps[-1])
+    chosen = int(step) if step else steps[-1]
+    try:
+        _check_sizes(store, run_id, chosen)
+    except StoreError as error:
+        others = [str(each) for each in steps if each != chosen]
+        have = f"name another: from={run_id}@{' or '.join(others)}" if others else "the run has no other"
+        raise InputError(f"from={reference}: {error}; {have}") from error
+    return CheckpointRef(run_id=run_id, step=chosen)
+
+
+def _check_sizes(store: Store, run_id: str, step: int) -> None:
+    """What can be seen of a checkpoint without reading it. Raises ObjectDamaged."""
+    prefix = keys.checkpoint_prefix(run_id, step)
+    sizes = {item.key.removeprefix(prefix): item.size for item in store.list(prefix)}
+    for file in records.read(store, keys.checkpoint_manifest(run_id, step), CheckpointManifest).files:
+        if sizes.get(file.file) != file.size:
+            there = f"has {sizes[file.file]} bytes" if file.file in sizes else "is missing"
+            raise ObjectDamaged(f"{store.url}/{prefix}{file.file} {there}, and its manifest says {file.size}")
 
 
 def run_ids(store: Store) -> list[str]:

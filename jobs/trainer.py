@@ -197,11 +197,12 @@ class Trainer:
             self._skipped_in_a_row = 0
             return True
         self._skipped_in_a_row += 1
-        text = f"step {self.step}: the loss is {loss:g} and the gradient's norm {norm:g}"
+        text = f"step {self.step + 1}: the loss is {loss:g} and the gradient's norm {norm:g}"
         allowed = self._job.recipe.train.max_skipped
         if self._skipped_in_a_row > allowed:
+            after = f", after {allowed} such steps in a row that were skipped" if allowed else ""
             raise RunFailed(
-                f"run {self._job.run_id}: {text}, after {allowed} such steps in a row that were skipped; lower "
+                f"run {self._job.run_id}: {text}{after}; lower "
                 "optimizer.learning_rate or optimizer.clip_norm, lengthen schedule.warmup_steps, or look at the samples"
             )
         if self._recorder:

@@ -3,7 +3,7 @@
 Runs inside Ray Train's worker group: torch.distributed is up (gloo on CPUs, NCCL on GPUs), one process a worker.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -15,9 +15,11 @@ import torch.distributed as dist
 import transformers
 
 from cluster import models
-from cluster.errors import InputError, ObjectDamaged, OutOfMemory, RegistryError, RunFailed, StoreError
+from cluster.errors import InputError, ObjectDamaged, ObjectNotFound, OutOfMemory, RegistryError, RunFailed, StoreError
 from cluster.logs import say
 from cluster.patient import Outage, PatientStore
+from cluster.records import CheckpointRef
+from cluster.store import Store
 from jobs import checkpoint, lora, publish, runs
 from jobs.config import FullConfig
 from jobs.dataset import Dataset
@@ -25,7 +27,7 @@ from jobs.job import Job
 from jobs.kernels import keep_freed_memory
 from jobs.model import load_model
 from jobs.trainer import Trainer
-from jobs.zero import ZeroEngine, join_process_group, put_weights, sharded_loading
+from jobs.zero import ZeroEngine, join_process_group, put_weights, sharded_loading, trained_elements
 
 PROBE_TOKENS = 64
 
@@ -120,11 +122,23 @@ def _prepare(job: Job, folder: Any) -> tuple[ZeroEngine, checkpoint.Found]:
     if recipe.train.activation_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    found = checkpoint.load_latest(job.store, job.run_id)
+    elements = trained_elements(trained)
+    found = checkpoint.load_latest(job.store, job.run_id, elements)
     if found.restored:
         put_weights(trained, found.restored, job.zero)
     elif job.parent:
-        begin = checkpoint.load(job.store, job.parent.run_id, job.parent.step)
+        begin = _load_parent(job.store, job.parent, elements)
         put_weights(trained, begin, job.zero)
         begin.close()
     return ZeroEngine(trained, recipe.optimizer, job.zero, recipe.model.dtype), found
+
+
+def _load_parent(store: Store, parent: CheckpointRef, elements: Mapping[str, int]) -> checkpoint.Restored:
+    try:
+        restored = checkpoint.load(store, parent.run_id, parent.step)
+        restored.check(elements)
+    except (ObjectDamaged, ObjectNotFound) as error:
+        others = [str(step) for step in runs.checkpoint_steps(store, parent.run_id) if step != parent.step]
+        have = f"name another: from={parent.run_id}@{' or '.join(others)}" if others else "the run has no other"
+        raise ObjectDamaged(f"from: {error}; {have}") from error
+    return restored

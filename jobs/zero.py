@@ -281,6 +281,15 @@ class ZeroEngine:
             state["step"] = torch.full_like(torch.as_tensor(state["step"]), updates)
 
 
+def trained_elements(model: nn.Module) -> dict[str, int]:
+    """How many elements each trained parameter has, by name, also where only shards of it are here."""
+    return {
+        name: int(getattr(parameter, "ds_numel", parameter.numel()))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
 def put_weights(model: nn.Module, saved: SavedState, stage: int) -> None:
     """Set the trained weights of a model that no engine holds yet; shards (stage 3) take their part."""
     for name, parameter in model.named_parameters():

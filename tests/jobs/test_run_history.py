@@ -48,12 +48,24 @@ class Damage:
 
 @dataclass
 class Model:
-    """A run, and what it should be: each step's attempt that counts; each checkpoint's value, None when damaged."""
+    """A run, and what it should be: each step's attempt that counts; each checkpoint's value, None when damaged.
+
+    `metrics` is what retention goes by, whatever became of the checkpoint.
+    """
 
     run_id: str
     retention: Retention
     done: list[int] = field(default_factory=list)
     checkpoints: dict[int, float | None] = field(default_factory=dict)
+    metrics: dict[int, float | None] = field(default_factory=dict)
+
+    def commit(self, step: int, value: float, passed_over: set[int]) -> None:
+        """A checkpoint is there; those that its attempt had to pass over go, and those that nothing keeps."""
+        self.checkpoints[step], self.metrics[step] = torch_value(value), value
+        left = {each: metric for each, metric in self.metrics.items() if each not in passed_over - {step}}
+        stay = kept(left, self.retention)
+        self.metrics = {each: metric for each, metric in left.items() if each in stay}
+        self.checkpoints = {each: self.checkpoints[each] for each in self.metrics}
 
     def newest(self) -> int:
         return max((step for step, value in self.checkpoints.items() if value is not None), default=0)
@@ -85,6 +97,7 @@ def play(store: Store, event: Attempt | Damage, model: Model) -> None:
     assert first == model.newest()
     assert not found or value_of(found, 12) == model.checkpoints[first]
     number = runs.begin_attempt(store, model.run_id, first, event.world_size, 1)
+    passed_over = {step for step in model.checkpoints if step > first}
     del model.done[first:]
     board = Board()
     savers = [
@@ -104,10 +117,8 @@ def play(store: Store, event: Attempt | Damage, model: Model) -> None:
             saver.begin(Position(step + 1, step + 1, 0, value))
         for saver in savers:
             saver._uploader.submit(int).result()
-        model.checkpoints[step + 1] = float(torch_value(value))
-        stay = kept(metrics(store, model.run_id), model.retention)
-        for gone in [each for each in model.checkpoints if each not in stay and each < max(stay)]:
-            del model.checkpoints[gone]
+        model.commit(step + 1, value, passed_over)
+        passed_over.discard(step + 1)
     for saver in savers:
         saver.close()
     last = max(written, first + event.steps - event.unflushed)
@@ -117,13 +128,6 @@ def play(store: Store, event: Attempt | Damage, model: Model) -> None:
         store.put(
             keys.checkpoint_prefix(model.run_id, first + event.steps + 1) + "state-9999-00000.safetensors", b"torn"
         )
-
-
-def metrics(store: Store, run_id: str) -> dict[int, float | None]:
-    found = runs.checkpoint_steps(store, run_id)
-    return {
-        step: records.read(store, keys.checkpoint_manifest(run_id, step), CheckpointManifest).metric for step in found
-    }
 
 
 def torch_value(value: float) -> float:
@@ -160,5 +164,6 @@ def test_whatever_happens_every_step_counts_once(events: list[Attempt | Damage],
             steps = list(runs.read_steps(store, model.run_id))
             assert [step["step"] for step in steps] == list(range(len(model.done)))
             assert [step["loss"] for step in steps] == model.done
+            assert runs.checkpoint_steps(store, model.run_id) == sorted(model.checkpoints)
         found = checkpoint.newest_whole(store, model.run_id)
         assert (found.restored.next_step if found.restored else 0) == model.newest()
