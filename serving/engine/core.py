@@ -7,6 +7,7 @@
 `native.py` calls the three from its thread; a test calls `step()` and sees every interleaving it wants, repeatably.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +41,7 @@ class EngineCore:
         self._scheduler = scheduler
         self._live: dict[str, _Live] = {}
         self._retiring: set[str] = set()
+        self._loads: Counter[str] = Counter()  # of each digest
         self._stats = EngineStats()
 
     @property
@@ -62,7 +64,8 @@ class EngineCore:
             raise RequestError(f"prompt token {stray} is not in the model's vocabulary of {vocabulary}")
         if request.adapter is not None and not self._is_servable(request.adapter):
             raise UnknownModel(f"adapter {request.adapter} is not loaded in this engine; load it first")
-        sequence = Sequence(request)
+        loaded = f"{request.adapter} {self._loads[request.adapter]}" if request.adapter is not None else ""
+        sequence = Sequence(request, weights=loaded)
         self._scheduler.add(sequence)
         text = TextStream(self._model.decode, request.params.stop)
         self._live[request.id] = _Live(sequence, new_generator(request.params.seed), text)
@@ -77,7 +80,9 @@ class EngineCore:
         """Take an adapter into use between two steps. False while the same one is still being unloaded: try later."""
         if adapter.digest in self._retiring:
             return False
-        self._model.table.load(adapter)
+        if adapter.digest not in self._model.table.adapters:
+            self._model.table.load(adapter)
+            self._loads[adapter.digest] += 1
         return True
 
     def unload(self, digest: str) -> bool:
@@ -117,9 +122,10 @@ class EngineCore:
         events = []
         for chunk in chunks:
             sequence = chunk.sequence
-            sequence.computed = chunk.end
+            choice = next(remaining) if chunk.samples else None
+            if choice is not None or not chunk.samples:
+                self._scheduler.advance(chunk)
             if chunk.samples:
-                choice = next(remaining)
                 if choice is None:
                     reason = f"the model's logits are not finite with adapter {sequence.request.adapter or '(none)'}"
                     events.append(self._end(sequence, "error", reason))
@@ -186,11 +192,13 @@ class EngineCore:
 
     def _count(self, chunks: list[Chunk]) -> None:
         adapters = {chunk.sequence.request.adapter for chunk in chunks} - {None}
+        shared = sum(each.sequence.shared for each in chunks if each.start == each.sequence.shared)
         prompt = sum(max(0, min(chunk.end, len(chunk.sequence.request.prompt_ids)) - chunk.start) for chunk in chunks)
         self._stats = replace(
             self._stats,
             steps=self._stats.steps + 1,
             prompt_tokens=self._stats.prompt_tokens + prompt,
+            shared_tokens=self._stats.shared_tokens + shared,
             generated_tokens=self._stats.generated_tokens + sum(chunk.samples for chunk in chunks),
             mixed_steps=self._stats.mixed_steps + (len(adapters) > 1),
             max_adapters_in_step=max(self._stats.max_adapters_in_step, len(adapters)),

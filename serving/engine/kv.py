@@ -2,50 +2,107 @@
 
 A block is `block_tokens` consecutive positions of one sequence, in every layer. Block 0 belongs to nobody, is never
 written and stays zero: padded reads point at it, so that what another sequence left behind (a NaN, say) can never
-reach a softmax. Invariant, held by a property test: a block is free or has exactly one owner.
+reach a softmax.
 
-There is no prefix sharing yet. When it comes, the digest of the adapter must be part of a block's hash: keys and
-values depend on the weights that made them.
+    free ──allocate──▶ held ──free──▶ free
+                        │ publish (whole, under its key)
+                        └────────free──▶ idle ──share──▶ held by any number
+                                          └─ the one longest idle is given out when nothing is free
+
+**Prefix cache.** A block whose positions are all computed may be published under a key, and is then shared by every
+sequence that begins with the same tokens. Keys and values depend on the weights that made them, so a key is a hash of
+the adapter's digest and of *all* tokens up to the block's end: no block is ever shared across digests. (And of how
+often that digest was loaded: the engine trusts nobody's word that a folder is what its digest says.)
 """
+
+from collections import OrderedDict
+from collections.abc import Iterable
+from hashlib import sha256
 
 import torch
 
 
+def block_keys(weights: str, tokens: list[int], block_tokens: int, after: bytes | None = None) -> list[bytes]:
+    """The keys of the whole blocks of `tokens`, computed by `weights`; with `after`, the key of the block before."""
+    key = after or sha256(weights.encode()).digest()
+    keys = []
+    for end in range(block_tokens, len(tokens) + 1, block_tokens):
+        key = sha256(key + b"".join(token.to_bytes(4, "little") for token in tokens[end - block_tokens : end])).digest()
+        keys.append(key)
+    return keys
+
+
 class BlockAllocator:
-    """Hands out the block numbers 1 to `num_blocks`, each to one owner at a time."""
+    """Hands out the block numbers 1 to `num_blocks`. A block has one owner unless it was published."""
 
     def __init__(self, num_blocks: int, block_tokens: int) -> None:
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self._free = list(range(num_blocks, 0, -1))
-        self._held: set[int] = set()
+        self._holders: dict[int, int] = {}
+        self._by_key: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()  # published and held by nobody, longest idle first
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """How many can be handed out; idle ones among them."""
+        return len(self._free) + len(self._idle)
 
     @property
     def num_used(self) -> int:
-        return len(self._held)
+        """How many are held."""
+        return len(self._holders)
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens` positions."""
         return -(-num_tokens // self.block_tokens)
 
-    def allocate(self, num_tokens: int) -> list[int]:
-        """Take the blocks for `num_tokens` positions. The caller has checked `num_free`."""
-        count = self.blocks_for(num_tokens)
+    def allocate(self, count: int) -> list[int]:
+        """Take blocks that nobody shares. The caller has checked `num_free`."""
         assert count <= self.num_free, f"{count} blocks asked, {self.num_free} free"
-        blocks = [self._free.pop() for _ in range(count)]
-        self._held.update(blocks)
+        blocks = [self._take() for _ in range(count)]
+        self._holders.update(dict.fromkeys(blocks, 1))
         return blocks
+
+    def share(self, keys: Iterable[bytes]) -> list[int]:
+        """Hold the published blocks of the first keys, up to the first that has none."""
+        blocks = []
+        for key in keys:
+            block = self._by_key.get(key)
+            if block is None:
+                break
+            self._idle.pop(block, None)
+            self._holders[block] = self._holders.get(block, 0) + 1
+            blocks.append(block)
+        return blocks
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Let others share a held block, all of whose positions are computed. The first under a key stays."""
+        assert block in self._holders, f"not held: {block}"
+        if key not in self._by_key and block not in self._key_of:
+            self._by_key[key] = block
+            self._key_of[block] = key
 
     def free(self, blocks: list[int]) -> None:
         """Give blocks back. Giving back what is not held is a bug and asserts."""
-        assert self._held.issuperset(blocks), f"not held, or freed before: {blocks}"
+        assert self._holders.keys() >= set(blocks), f"not held, or freed before: {blocks}"
         assert len(set(blocks)) == len(blocks), f"twice in one call: {blocks}"
-        self._held.difference_update(blocks)
-        self._free.extend(blocks)
+        for block in reversed(blocks):  # a prefix outlives what came after it
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                del self._holders[block]
+                if block in self._key_of:
+                    self._idle[block] = None
+                else:
+                    self._free.append(block)
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        block, _ = self._idle.popitem(last=False)
+        del self._by_key[self._key_of.pop(block)]
+        return block
 
 
 class KvPool:

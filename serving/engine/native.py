@@ -40,6 +40,7 @@ class NativeOptions:
     max_waiting: int = 256
     max_adapters: int = 16
     max_rank: int = 64
+    prefix_cache: bool = True
     num_threads: int | None = None  # of torch, in this process; None leaves them as they are
 
 
@@ -249,7 +250,13 @@ def load_core(folder: Path, options: NativeOptions) -> EngineCore:
         table=table,
         max_rank=options.max_rank,
     )
-    limits = Limits(options.max_batch_tokens, options.max_running, options.max_waiting, model.facts.max_sequence_tokens)
+    limits = Limits(
+        options.max_batch_tokens,
+        options.max_running,
+        options.max_waiting,
+        model.facts.max_sequence_tokens,
+        options.prefix_cache,
+    )
     return EngineCore(model, Scheduler(limits, allocator))
 
 

@@ -98,7 +98,8 @@ class EngineStats:
 
     requests: int = 0
     steps: int = 0
-    prompt_tokens: int = 0
+    prompt_tokens: int = 0  # computed
+    shared_tokens: int = 0  # of prompts, found in the prefix cache
     generated_tokens: int = 0
     mixed_steps: int = 0  # forward passes that held two or more distinct adapters
     max_adapters_in_step: int = 0

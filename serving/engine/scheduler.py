@@ -9,14 +9,18 @@
 3. plan     each decoding sequence gets its one token; what is left of `max_batch_tokens` goes to prompts in order of
             arrival, each at most half of the whole while others want some. A long prompt is thus read in chunks,
             and delays a running stream by one bounded step, never by its whole length.
-4. finish   the blocks return.
+4. advance  what was computed counts; blocks that are whole are published for others that begin alike.
+5. finish   the blocks return.
+
+With the prefix cache a request begins behind the blocks that another of its adapter has computed; its last prompt token
+is always computed anew, since its logits are needed.
 """
 
 from collections import deque
 from dataclasses import dataclass, field
 
 from cluster.errors import Overloaded, RequestError
-from serving.engine.kv import BlockAllocator
+from serving.engine.kv import BlockAllocator, block_keys
 from serving.engine.protocol import GenerationRequest
 
 
@@ -28,16 +32,23 @@ class Limits:
     max_running: int
     max_waiting: int
     max_sequence_tokens: int
+    prefix_cache: bool = False
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One request on its way: `tokens` is the prompt and what was generated; the first `computed` are in the pool."""
+    """One request on its way: `tokens` is the prompt and what was generated; the first `computed` are in the pool.
+
+    `weights` tells apart whatever computes different keys and values of the same tokens.
+    """
 
     request: GenerationRequest
+    weights: str = ""
     tokens: list[int] = field(init=False)
     computed: int = 0
+    shared: int = 0  # of them, those that were there when it was admitted
     blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)  # of its whole blocks, as far as they are published or shared
     is_cancelled: bool = False
 
     def __post_init__(self) -> None:
@@ -136,6 +147,19 @@ class Scheduler:
         # Single rows first, for attention; each adapter's rows together, for its products.
         return sorted(chunks, key=lambda chunk: (chunk.num_tokens > 1, chunk.sequence.request.adapter or ""))
 
+    def advance(self, chunk: Chunk) -> None:
+        """A chunk's keys and values are in the pool."""
+        sequence, size = chunk.sequence, self.allocator.block_tokens
+        sequence.computed = chunk.end
+        whole = chunk.end // size
+        if self.limits.prefix_cache and whole > len(sequence.keys):
+            first = len(sequence.keys)
+            after = sequence.keys[-1] if sequence.keys else None
+            keys = block_keys(sequence.weights, sequence.tokens[first * size : whole * size], size, after)
+            for block, key in zip(sequence.blocks[first:whole], keys, strict=True):
+                self.allocator.publish(block, key)
+            sequence.keys += keys
+
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, waiting or running, and free its blocks."""
         if sequence in self.running:
@@ -147,8 +171,17 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.limits.max_running:
-            head = self.waiting[0]
-            if self.allocator.blocks_for(head.max_cached) > self.allocator.num_free:
+            head, size = self.waiting[0], self.allocator.block_tokens
+            prompt = head.request.prompt_ids
+            keys: list[bytes] = []
+            if self.limits.prefix_cache:
+                keys = block_keys(head.weights, prompt[: (len(prompt) - 1) // size * size], size)
+            shared = self.allocator.share(keys)
+            needed = self.allocator.blocks_for(head.max_cached) - len(shared)
+            if needed > self.allocator.num_free:
+                self.allocator.free(shared)
                 return
-            head.blocks = self.allocator.allocate(head.max_cached)
+            head.blocks = shared + self.allocator.allocate(needed)
+            head.keys = keys[: len(shared)]
+            head.computed = head.shared = len(shared) * size
             self.running.append(self.waiting.popleft())

@@ -70,6 +70,71 @@ def test_every_schedule_keeps_its_promises(
     assert sorted(started) == list(range(len(sizes)))
 
 
+@given(
+    # Prompts from a small alphabet over three sets of weights, so that many begin alike.
+    asked=st.lists(
+        st.tuples(st.sampled_from("abc"), st.lists(st.integers(0, 1), min_size=1, max_size=24), st.integers(1, 12)),
+        min_size=1,
+        max_size=30,
+    ),
+    cancels=st.sets(st.integers(0, 29)),
+)
+def test_blocks_are_shared_by_what_begins_alike_under_the_same_weights_alone(
+    asked: list[tuple[str, list[int], int]], cancels: set[int]
+) -> None:
+    """A model of the pool beside it: what each block's positions were computed from."""
+    allocator = BlockAllocator(num_blocks=20, block_tokens=4)
+    scheduler = Scheduler(
+        Limits(12, max_running=3, max_waiting=100, max_sequence_tokens=100, prefix_cache=True), allocator
+    )
+    pool: dict[int, list[tuple[str, tuple[int, ...]]]] = {}
+    order: dict[Sequence, int] = {}
+    for index, (weights, prompt, max_tokens) in enumerate(asked):
+        made = Sequence(GenerationRequest("r", prompt, None, SamplingParams(max_tokens=max_tokens)), weights)
+        order[made] = index
+        scheduler.add(made)
+    shared = 0
+    while scheduler.sequences():
+        for chunk in scheduler.plan():
+            mine = chunk.sequence
+            if chunk.start == mine.shared:
+                shared += mine.shared
+                assert mine.shared < len(mine.request.prompt_ids)
+            for position in range(chunk.start):  # everything it stands on was computed by its own weights and tokens
+                held = pool[mine.blocks[position // 4]][position % 4]
+                assert held == (mine.weights, tuple(mine.tokens[: position + 1]))
+            for position in range(chunk.start, chunk.end):
+                block = mine.blocks[position // 4]
+                others = [each for each in scheduler.running if each is not mine and block in each.blocks]
+                assert not others, "a block that others hold is written"
+                pool.setdefault(block, [("", ())] * 4)[position % 4] = (
+                    mine.weights,
+                    tuple(mine.tokens[: position + 1]),
+                )
+            scheduler.advance(chunk)
+            if chunk.samples:
+                mine.tokens.append(len(mine.tokens) % 2)
+                if mine.num_generated == mine.request.params.max_tokens or order[mine] in cancels:
+                    scheduler.finish(mine)
+        held_now = {block for each in scheduler.running for block in each.blocks}
+        assert len(held_now) == allocator.num_used
+        assert allocator.num_used + allocator.num_free == 20
+    assert allocator.num_free == 20
+
+
+def test_a_second_request_begins_behind_what_the_first_has_computed() -> None:
+    scheduler = Scheduler(Limits(64, 8, 8, 100, prefix_cache=True), BlockAllocator(20, 4))
+    prompt = list(range(13))
+    for weights in ("a", "a", "b"):
+        scheduler.add(Sequence(GenerationRequest("r", prompt, None, SamplingParams(max_tokens=2)), weights))
+        (chunk,) = [each for each in scheduler.plan() if each.sequence.weights == weights and each.samples]
+        scheduler.advance(chunk)
+        chunk.sequence.tokens.append(0)
+        scheduler.finish(chunk.sequence)
+        assert chunk.start == (12 if weights == "a" and chunk.sequence.shared else 0)
+    assert scheduler.allocator.share([]) == []
+
+
 def test_the_head_of_the_queue_is_never_overtaken() -> None:
     scheduler = Scheduler(Limits(8, 8, 8, 100), BlockAllocator(10, 4))
     first, big, small = sequence(20, 5), sequence(30, 5), sequence(1, 1)
@@ -106,7 +171,7 @@ def test_too_many_waiting_is_overloaded_and_changes_nothing() -> None:
 
 def test_freeing_twice_is_a_bug_and_says_so() -> None:
     allocator = BlockAllocator(4, 4)
-    blocks = allocator.allocate(9)
+    blocks = allocator.allocate(3)
     allocator.free(blocks)
     with pytest.raises(AssertionError, match="freed before"):
         allocator.free(blocks)
