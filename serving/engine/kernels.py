@@ -48,7 +48,7 @@ class Groups:
 
 def are_usable(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether they can compute for this kind of tensor, and could be built."""
-    return device.type == "cpu" and dtype == torch.float32 and _library() is not None
+    return device.type == "cpu" and dtype == torch.float32 and library() is not None
 
 
 def attend(
@@ -72,13 +72,13 @@ def attend(
     Returns:
         [rows, heads, dim].
     """
-    library = _library()
-    assert library is not None, "ask are_usable first"
+    kernels = library()
+    assert kernels is not None, "ask are_usable first"
     rows, heads, dim = query.shape
     kv_heads = keys.shape[1]
     out = query.new_empty(rows, heads, dim)
     scores = query.new_empty(heads * longest)
-    library.attend(
+    kernels.attend(
         out.data_ptr(), query.data_ptr(), query.stride(0), query.stride(1), keys.data_ptr(), values.data_ptr(),
         slots.data_ptr(), starts.data_ptr(), rows, kv_heads, heads // kv_heads, dim, scaling, softcap or 0.0,
         scores.data_ptr(),
@@ -93,38 +93,39 @@ def update(out: torch.Tensor, x: torch.Tensor, adapters: npt.NDArray[np.void], g
         out, x: [rows, out_features] and [rows, in_features], float32, contiguous.
         adapters: ADAPTER [slots], the layer's.
     """
-    library = _library()
-    assert library is not None, "ask are_usable first"
+    kernels = library()
+    assert kernels is not None, "ask are_usable first"
     low = x.new_empty(groups.largest)
-    library.update(
+    kernels.update(
         out.data_ptr(), x.data_ptr(), x.shape[1], out.shape[1], adapters.ctypes.data, len(groups.slots),
         groups.slots.ctypes.data, groups.starts.ctypes.data, groups.rows.ctypes.data, low.data_ptr(),
     )  # fmt: skip
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def library() -> ctypes.CDLL | None:
+    """The kernels, built if need be; None where they cannot be."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         _log.warning("no C compiler (CC, cc) here, so that decoding is slower")
         return None
     try:
-        library = ctypes.CDLL(str(_built(compiler)))
+        kernels = ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         _log.warning("%s could not be built, so that decoding is slower: %s", _SOURCE.name, said)
         return None
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    library.attend.restype = library.update.restype = None
-    library.attend.argtypes = (
+    kernels.attend.restype = kernels.update.restype = None
+    kernels.attend.argtypes = (
         *(pointer, pointer, integer, integer, pointer, pointer, pointer, pointer),
         *(integer, integer, integer, integer, number, number, pointer),
     )
-    library.update.argtypes = (
+    kernels.update.argtypes = (
         *(pointer, pointer, integer, integer, pointer),
         *(integer, pointer, pointer, pointer, pointer),
     )
-    return library
+    return kernels
 
 
 def _built(compiler: str) -> Path:

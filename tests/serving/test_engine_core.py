@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import Overloaded, RequestError, UnknownModel
+from serving.engine import kernels
 from serving.engine.protocol import SamplingParams
 
 if TYPE_CHECKING:
@@ -36,10 +37,25 @@ def model(tiny: Tiny) -> TinyModel:
     return tiny("gemma3")
 
 
-@pytest.fixture(scope="module")
-def driver(model: TinyModel, drive: Drive) -> CoreDriver:
+@pytest.fixture(scope="module", params=["compiler", "no compiler"])
+def driver(request: pytest.FixtureRequest, model: TinyModel, drive: Drive) -> Iterator[CoreDriver]:
     """Room for about two long requests at once, three slots for five adapters, and a queue of four."""
-    return drive(model, kv_tokens=160, max_batch_tokens=24, max_running=6, max_waiting=4, max_adapters=3)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "no compiler":
+            patch.setenv("CC", "no-such-compiler")
+        kernels.library.cache_clear()
+        made = drive(model, kv_tokens=160, max_batch_tokens=24, max_running=6, max_waiting=4, max_adapters=3)
+        assert kernels.are_usable(torch.device("cpu"), torch.float32) == (request.param == "compiler")
+        yield made
+    kernels.library.cache_clear()
+
+
+def prompt_of(model: TinyModel, index: int) -> list[int]:
+    """The longest begins as the one before it, so that they share blocks."""
+    if index == len(PROMPT_LENGTHS) - 1:
+        before = prompt_of(model, index - 1)
+        return before + model.prompt(index, PROMPT_LENGTHS[index] - len(before))
+    return model.prompt(index, PROMPT_LENGTHS[index])
 
 
 operations = st.lists(
@@ -74,7 +90,7 @@ class Workload:
         digest = None if adapter < 0 else model.digest(self.recipes[adapter])
         before = self.driver.core.stats()
         try:
-            self.driver.add(id_, model.prompt(prompt, PROMPT_LENGTHS[prompt]), digest, greedy(max_tokens))
+            self.driver.add(id_, prompt_of(model, prompt), digest, greedy(max_tokens))
         except UnknownModel:
             assert adapter not in self.loaded - self.retiring
         except Overloaded:
@@ -128,7 +144,7 @@ class Workload:
         model = self.driver.model
         for id_, (adapter, prompt, max_tokens) in self.asked.items():
             recipe = None if adapter < 0 else self.recipes[adapter]
-            expected = model.expected(recipe, model.prompt(prompt, PROMPT_LENGTHS[prompt]), LONGEST)
+            expected = model.expected(recipe, prompt_of(model, prompt), LONGEST)
             ours = self.driver.tokens(id_)
             if id_ in self.cancelled:
                 assert self.driver.finish(id_) == "cancelled"
@@ -142,16 +158,43 @@ class Workload:
         assert (stats.running, stats.waiting, stats.kv_blocks_used, stats.adapters) == (0, 0, 0, ())
 
 
-@settings(max_examples=60, deadline=None)
-@given(operations=operations)
-def test_any_workload_gives_each_request_its_own_answer(
-    operations: list[tuple[str, ...]], driver: CoreDriver, recipes: tuple[LoraRecipe, ...]
-) -> None:
+def carry_out(operations: list[tuple[str, ...]], driver: CoreDriver, recipes: tuple[LoraRecipe, ...]) -> None:
     driver.events.clear()
     workload = Workload(driver, recipes)
     for name, *arguments in operations:
         getattr(workload, name)(*arguments)
     workload.check()
+
+
+@settings(max_examples=60, deadline=None)
+@given(operations=operations)
+def test_any_workload_gives_each_request_its_own_answer(
+    operations: list[tuple[str, ...]], driver: CoreDriver, recipes: tuple[LoraRecipe, ...]
+) -> None:
+    carry_out(operations, driver, recipes)
+
+
+@pytest.mark.long
+@settings(max_examples=500, deadline=None)
+@given(operations=operations)
+def test_five_hundred_workloads_give_each_request_its_own_answer(
+    operations: list[tuple[str, ...]], driver: CoreDriver, recipes: tuple[LoraRecipe, ...]
+) -> None:
+    carry_out(operations, driver, recipes)
+
+
+def test_what_begins_alike_is_computed_once_for_each_adapter(
+    model: TinyModel, drive: Drive, recipes: tuple[LoraRecipe, ...]
+) -> None:
+    driver = drive(model)
+    driver.load(recipes[0])
+    shared = []
+    for id_, recipe in (("first", recipes[0]), ("again", recipes[0]), ("base", None)):
+        driver.add(id_, prompt_of(model, 4), model.digest(recipe), greedy())
+        driver.run()
+        model.expected(recipe, prompt_of(model, 4), LONGEST).check(driver.tokens(id_))
+        shared.append(driver.core.stats().shared_tokens)
+    assert shared == [0, 68, 68], "of 70 tokens, 17 whole blocks of 4"
 
 
 def test_adapters_really_change_the_answer(model: TinyModel, recipes: tuple[LoraRecipe, ...]) -> None:
