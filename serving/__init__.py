@@ -1,6 +1,6 @@
 """Serving: one base model, every published adapter, OpenAI's API. Never imports jobs; no torch outside engine/.
 
-    client → ingress → Serve's router → replica → adapter cache → engine (mixed batch) → tokens
+    client → ingress → router → replica → adapter cache → engine (mixed batch) → tokens
 
 config     what `configs/serving/NAME.yaml` holds
 protocol   OpenAI's requests and answers, and errors as HTTP (pure)
@@ -11,7 +11,9 @@ replica    one engine with its tokenizer and adapters, as a Serve deployment
 prompts    messages or text → token ids, by the model's own chat template
 adapters   which adapters are in the engine: single-flight loads, reference counts, eviction
 downloads  verified adapter files on this node, under a byte budget
-affinity   tells Serve's router which adapters a replica holds
+routing    which replica a request goes to: queue in tokens, and what loading would cost (pure)
+router     that policy behind Serve's router interface
+affinity   tells the router which adapters a replica holds
 answers    what a replica says, in OpenAI's shapes
 gauges     an engine's figures for Prometheus
 scrape     /metrics of the whole cluster

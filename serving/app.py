@@ -2,11 +2,13 @@
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 
 from cluster.records import BaseModelRef
 from serving.config import ServingConfig
 from serving.ingress import Ingress
 from serving.replica import Replica
+from serving.router import AdapterRouter
 
 INGRESS = "ingress"
 REPLICA = "replica"
@@ -33,6 +35,7 @@ def build(config: ServingConfig, base: BaseModelRef) -> Application:
             "upscale_delay_s": replicas.upscale_delay_s,
             "downscale_delay_s": replicas.downscale_delay_s,
         },
+        request_router_config=RequestRouterConfig(request_router_class=AdapterRouter),
         max_surge_percent=replicas.max_surge_percent,
         graceful_shutdown_timeout_s=replicas.drain_timeout_s,
         max_constructor_retry_count=_START_ATTEMPTS,

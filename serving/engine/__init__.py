@@ -6,9 +6,10 @@
     scheduler   who is in the next step, with how many tokens
     model       the base model and its one packed forward pass
     attention   attention over a packed row, from the paged pool
-    kv          the pool: blocks and the tensors behind them
+    kv          the pool: blocks, who shares them, and the tensors behind them
     adapter     reads and checks a peft LoRA folder
     lora        linear layers that mix adapters row by row
+    kernels     the two products of decode that torch has no fast way for on a CPU (kernels.c)
     sampling    logits → token        text    tokens → text that may be shown
 
 Import what you need from its module; this package imports nothing, so that protocol stays free of torch.
