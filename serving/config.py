@@ -20,6 +20,9 @@ class EngineConfig(Config):
     max_running: PositiveInt = Field(64, description="sequences that generate at once")
     max_waiting: PositiveInt = Field(256, description="sequences that wait in the engine before it answers 429")
     kv_tokens: PositiveInt = Field(16384, description="tokens that all running sequences hold together")
+    prefix_cache: bool = Field(
+        True, description="prompts that begin alike are computed once for each adapter, while there is memory"
+    )
     max_context: PositiveInt | None = Field(None, description="prompt and answer, in tokens; not set: the model's own")
     default_max_tokens: PositiveInt = Field(
         1024, description="answer length of a chat request that gives none; memory is reserved for all of it"

@@ -22,6 +22,7 @@ class EngineGauges:
         self._labels = {"model": model}
         self._last = EngineStats()
         self._prompt_tokens = counter(metrics.PROMPT_TOKENS)
+        self._shared_tokens = counter(metrics.SHARED_TOKENS)
         self._generated_tokens = counter(metrics.GENERATED_TOKENS)
         self._steps = counter(metrics.ENGINE_STEPS)
         self._mixed_steps = counter(metrics.MIXED_STEPS)
@@ -36,6 +37,7 @@ class EngineGauges:
         """Add what was counted since the last call, and show the state."""
         last, self._last = self._last, stats
         self._add(self._prompt_tokens, stats.prompt_tokens - last.prompt_tokens)
+        self._add(self._shared_tokens, stats.shared_tokens - last.shared_tokens)
         self._add(self._generated_tokens, stats.generated_tokens - last.generated_tokens)
         self._add(self._steps, stats.steps - last.steps)
         self._add(self._mixed_steps, stats.mixed_steps - last.mixed_steps)

@@ -181,6 +181,7 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
             max_waiting=config.engine.max_waiting,
             max_adapters=config.engine.max_adapters + SPARE_SLOTS,
             max_rank=config.engine.max_rank,
+            prefix_cache=config.engine.prefix_cache,
             num_threads=config.engine.threads,
         ),
     )

@@ -69,11 +69,15 @@ def show(title: str, measures: Sequence[Measure], as_json: bool, **more: str) ->
     if as_json:
         print(json.dumps({measure.name: measure.to_dict() for measure in measures} | where))
         return
+    units = {measure.unit for measure in measures}
+    if len(units) == 1:
+        title = f"{title}: {units.pop()}"
     table = Table(title=title, caption=" · ".join(where.values()), title_justify="left", caption_justify="left")
     table.add_column("beside", no_wrap=True)
     for heading in ("ours", "peer", "ratio", "lowest", "highest", "rounds"):
         table.add_column(heading, justify="right")
-    table.add_column("unit")
+    if units:
+        table.add_column("unit")
     for measure in measures:
         figures = (median(measure.ours), median(measure.peer))
         ratios = (measure.ratio, min(measure.ratios), max(measure.ratios))
@@ -82,7 +86,7 @@ def show(title: str, measures: Sequence[Measure], as_json: bool, **more: str) ->
             *(f"{figure:,.1f}" if figure >= 10 else f"{figure:.3g}" for figure in figures),
             *(f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}" for ratio in ratios),
             str(len(measure.ours)),
-            measure.unit,
+            *([measure.unit] if units else []),
         )
     Console(highlight=False).print(table)
 

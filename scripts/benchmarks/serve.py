@@ -14,7 +14,7 @@ once, 128 where 128 adapters take part. Counted are tokens generated per process
     mixed_8_over_names   8 adapters in turn, ours against peft's own mixed batches (adapter_names)
 
 vLLM runs in .venv-vllm, which scripts/setup-vllm makes; without that, and with --quick, whose heads are too narrow for
-it, it is left out. It is compiled and warmed up. No two prompts begin alike, so no prefix cache has a part in this.
+it, it is left out. It is compiled and warmed up. Prefix caches are off, since rounds repeat their prompts.
 """
 
 import argparse
@@ -87,7 +87,14 @@ class Ours:
     def __init__(self, model: Path) -> None:
         self.core: EngineCore = load_core(
             model,
-            NativeOptions(kv_tokens=64 * 1024, max_running=MANY, max_waiting=MANY, max_adapters=MANY, num_threads=1),
+            NativeOptions(
+                kv_tokens=64 * 1024,
+                max_running=MANY,
+                max_waiting=MANY,
+                max_adapters=MANY,
+                prefix_cache=False,
+                num_threads=1,
+            ),
         )
 
     def load(self, folders: Sequence[Path]) -> None:

@@ -23,6 +23,7 @@ def main() -> None:
         max_model_len=1024,
         max_num_seqs=128,
         max_num_batched_tokens=1024,
+        enable_prefix_caching=False,
         disable_log_stats=True,
     )
     adapters = [LoRARequest(Path(folder).name, index + 1, folder) for index, folder in enumerate(folders)]
