@@ -4,7 +4,8 @@
 
 One random 19-million-parameter Qwen3 shape (workload.py), fp32, one process with one thread, greedy. Adapters adapt all
 linear layers, at ranks of 4, 8 and 16 in turn. A request has 64 tokens of prompt and gets 64; 32 requests are sent at
-once, 128 where 128 adapters take part. Counted are tokens generated per processor second, prompts read included.
+once, 128 where 128 adapters take part. Counted are tokens generated per processor second, prompts read included; but
+for the last:
 
     mixed_N_over_base    N adapters in turn against the base alone, the same requests, on our engine
     prefill_N, decode_N  the same by part: prompts of 512 tokens with one token each, and 64 tokens after 8
@@ -12,12 +13,15 @@ once, 128 where 128 adapters take part. Counted are tokens generated per process
     mixed_8_over_vllm    8 adapters in turn, ours against vLLM
     mixed_32_over_peft   32 adapters in turn, ours against peft with one adapter at a time (set_adapter, generate)
     mixed_8_over_names   8 adapters in turn, ours against peft's own mixed batches (adapter_names)
+    load_gap_over_median longest time between two tokens of 8 running streams while 16 adapters are read and loaded,
+                         against the median; in milliseconds of the clock, with the thread and the loop of a replica
 
 vLLM runs in .venv-vllm, which scripts/setup-vllm makes; without that, and with --quick, whose heads are too narrow for
 it, it is left out. It is compiled and warmed up. Prefix caches are off, since rounds repeat their prompts.
 """
 
 import argparse
+import asyncio
 import json
 import os
 import random
@@ -28,6 +32,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import IO, Any, Literal
 
 import torch
@@ -39,7 +44,7 @@ from scripts.benchmarks import workload
 from scripts.benchmarks.report import REPOSITORY, Measure, show
 from serving.engine.adapter import read_adapter
 from serving.engine.core import EngineCore
-from serving.engine.native import NativeOptions, load_core
+from serving.engine.native import NativeEngine, NativeOptions, load_core
 from serving.engine.protocol import GenerationRequest, SamplingParams
 
 UNIT = "tokens per CPU-second"
@@ -198,6 +203,33 @@ class Vllm:
         raise RunFailed(f"vLLM ended: {self._log.read()[-2_000:]}")
 
 
+async def load_gap(model: Path, folders: Sequence[Path]) -> tuple[float, float]:
+    """The longest and the median time between two tokens of a stream, in milliseconds, while adapters are loaded."""
+    engine = NativeEngine(model, NativeOptions(max_adapters=len(folders), num_threads=1))
+    engine.start()
+    gaps: list[float] = []
+
+    async def listen(index: int) -> None:
+        last = None
+        params = SamplingParams(max_tokens=300, temperature=0)
+        async for _ in engine.submit(GenerationRequest(str(index), [300 + index] * 16, "0", params)):
+            now = time.perf_counter()
+            if last is not None:
+                gaps.append(1e3 * (now - last))
+            last = now
+
+    try:
+        await engine.load_adapter("0", folders[0])
+        streams = [asyncio.create_task(listen(index)) for index in range(8)]
+        await asyncio.sleep(0.5)
+        for index, folder in enumerate(folders[1:], start=1):
+            await engine.load_adapter(str(index), folder)
+        await asyncio.gather(*streams)
+    finally:
+        engine.stop()
+    return max(gaps), median(gaps)
+
+
 def measure(folder: Path, rounds: int, quick: bool) -> list[Measure]:
     """All comparisons, contestants taking turns."""
     model = folder / "model"
@@ -215,7 +247,10 @@ def measure(folder: Path, rounds: int, quick: bool) -> list[Measure]:
             vllm = Vllm(model, folders[:8], log)
             stack.callback(vllm.close)
         torch.set_num_threads(1)
-        return _measure(ours, peft, vllm, rounds)
+        measures = _measure(ours, peft, vllm, rounds)
+    gaps = [asyncio.run(load_gap(model, folders[:17])) for _ in range(rounds)]
+    longest, middle = zip(*gaps, strict=True)
+    return [*measures, Measure("load_gap_over_median", "ms", longest, middle)]
 
 
 def _measure(ours: Ours, peft: Peft, vllm: Vllm | None, rounds: int) -> list[Measure]:
