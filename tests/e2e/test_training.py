@@ -20,10 +20,10 @@ from cluster.records import BaseModelRef, CheckpointManifest, RunRecord
 from cluster.store import Store, open_store
 from jobs import runs
 from jobs.progress import StepRecord
-from jobs.runs import checkpoint_steps, read_steps
+from jobs.runs import checkpoint_steps, read_events, read_steps
 from tests.conftest import TinyModels
 from tests.e2e.conftest import Pair
-from tests.e2e.submit import ROOT, Submitted, command_line, submit, train, write_recipe
+from tests.e2e.submit import ROOT, Submitted, command_line, submit, train, until, write_recipe
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
@@ -109,25 +109,24 @@ def test_a_killed_worker_costs_a_checkpoint_interval_and_nothing_else(
     url = f"file://{tmp_path}/store"
     recipe = write_recipe(tmp_path, tiny_models["qwen3"], [rows], name="killed", store=url)
     overrides = ("train.steps=48", "checkpoint.every_steps=5", "train.workers=2", "train.zero=1")
-    output = []
-    killed = False
-    with subprocess.Popen(
-        command_line("python", "-m", "jobs.train", str(recipe), *overrides),
-        cwd=ROOT,
-        env=ray_cluster.environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as job:
-        assert job.stdout
-        for line in job.stdout:
-            output.append(line)
-            if not killed and line.startswith("step "):
-                os.kill(ray_cluster.worker_pids("RayTrainWorker")[0], signal.SIGKILL)
-                killed = True
-        assert killed, "".join(output)
-        hit = Submitted(job.wait(), "".join(output)).result
+    log = tmp_path / "log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            command_line("python", "-m", "jobs.train", str(recipe), *overrides),
+            cwd=ROOT,
+            env=ray_cluster.environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as job,
+    ):
+        # Seen in the store: the whole run takes seconds, and its output comes later.
+        until(lambda: bool(list(tmp_path.glob("store/runs/*/checkpoints/*/manifest.json"))), job)
+        os.kill(ray_cluster.worker_pids("RayTrainWorker")[0], signal.SIGKILL)
+        hit = Submitted(job.wait(), log.read_text()).result
     store = open_store(url)
+    assert any("failure 1 of" in event.text for event in read_events(store, hit["run_id"]))
     assert [step["step"] for step in read_steps(store, hit["run_id"])] == list(range(48))
     assert losses(store, hit) == pytest.approx(pair.losses(pair.one), abs=1e-3)
 

@@ -423,6 +423,53 @@ def test_a_moved_alias_and_a_new_adapter_are_live_without_a_restart(served: Serv
     poll(lambda: weights("moving") is None, "a withdrawn alias answers no more, nor does the base for it")
 
 
+def test_a_release_and_its_way_back_under_traffic_make_no_error_and_no_mixture(served: Served) -> None:
+    """50 requests a second; every answer is the one of the version that its header names."""
+    recipes = {"released@1": LoraRecipe(300), "released@2": LoraRecipe(301, r=3)}
+    first, second = (served.publish("released", recipe) for recipe in recipes.values())
+    registry.set_alias(served.store, "released", "stable", first, why="first")
+    texts = {name: answer(served, recipe) for name, recipe in recipes.items()}
+    assert len(set(texts.values())) == 2
+    seen: list[str] = []
+    over = asyncio.Event()
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        body = chat_body(model="released", max_tokens=6)
+        response = await client.post(f"{served.url}/chat/completions", json=body)
+        assert response.status_code == 200, response.text
+        version = response.headers["x-luthier-adapter"]
+        assert response.json()["choices"][0]["message"]["content"] == texts[version]
+        seen.append(version)
+
+    async def traffic() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=DEADLINE_S, limits=limits) as client, asyncio.TaskGroup() as asked:
+            while not over.is_set():
+                asked.create_task(ask(client))
+                await asyncio.sleep(0.02)
+
+    async def move() -> None:
+        for version in (second, first):
+            await asyncio.to_thread(poll, lambda: len(set(seen[-20:])) == 1 and len(seen) > 20, "all answer alike")
+            registry.set_alias(served.store, "released", "stable", version, why="moved")
+            await asyncio.to_thread(poll, lambda v=version: seen[-1] == f"released@{v}", "the move is live")
+        over.set()
+
+    async def both() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(traffic())
+            group.create_task(move())
+
+    asyncio.run(both())
+    assert set(seen) == {"released@1", "released@2"}
+
+
+def answer(served: Served, recipe: LoraRecipe) -> str:
+    expected = served.model.expected(recipe, chat_tokens(USER[0]["content"]), 6)
+    assert min(expected.margins) > NEAR_TIE
+    return str(make_tokenizer().decode(expected.tokens, skip_special_tokens=True))
+
+
 def test_a_damaged_adapter_is_an_error_of_its_own_and_hurts_nobody(served: Served) -> None:
     served.publish("damaged", LoraRecipe(360))
     path = served.store._root / "adapters/damaged/1/adapter_model.safetensors"
