@@ -37,7 +37,7 @@ from jobs.kernels import keep_freed_memory, summed_cross_entropy
 from jobs.lora import prepare
 from jobs.model import load_model
 from jobs.objectives import PackedRow, supervised_logits
-from jobs.progress import Board
+from jobs.progress import Board, Meeting, RemoteBoard
 from jobs.saver import SHARDS, Position, Saver
 from jobs.zero import PARTS, Fragment, ZeroEngine, join_process_group, sharded_loading
 from scripts.benchmarks import workload
@@ -99,7 +99,7 @@ class Behind:
 
     RUN_ID = "behind"
 
-    def __init__(self, training: Training, store: Store, board: Any) -> None:
+    def __init__(self, training: Training, store: Store, board: Meeting) -> None:
         self._training = training
         self._store = store
         self._step = 0
@@ -227,7 +227,7 @@ class CountingProxy:
             sink.shutdown(socket.SHUT_WR)
 
 
-def stall(task: dict[str, Any], board: Any) -> dict[str, Any]:
+def stall(task: dict[str, Any], board: Meeting) -> dict[str, Any]:
     """How long training stands still, checkpoints of ours and of the peer in turn.
 
     Args:
@@ -247,7 +247,7 @@ def stall(task: dict[str, Any], board: Any) -> dict[str, Any]:
     return {"state_bytes": training.state_bytes, "first": first, "turns": turns}
 
 
-def sent(task: dict[str, Any], board: Any) -> list[dict[str, int]]:
+def sent(task: dict[str, Any], board: Meeting) -> list[dict[str, int]]:
     """What all ranks together send to the server for one checkpoint of each ZeRO stage.
 
     Args:
@@ -343,7 +343,7 @@ class StoredShard:
             raise RunFailed("what was downloaded is not what was uploaded")
 
 
-def throughput(task: dict[str, Any], _board: Any) -> dict[str, Any]:
+def throughput(task: dict[str, Any], _board: Meeting) -> dict[str, Any]:
     """Seconds for one shard up and down, by ours and by boto3 alone in turn.
 
     Args:
@@ -418,7 +418,7 @@ def run() -> None:
     keep_freed_memory()
     dist.init_process_group("gloo")
     join_process_group()
-    board = _make_board()
+    board = RemoteBoard(_make_board())
     answer = {"stall": stall, "sent": sent, "throughput": throughput}[task["what"]](task, board)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(answer))
