@@ -24,7 +24,7 @@ from cluster.errors import (
     StoreUnfit,
     StoreUnreachable,
 )
-from cluster.store import TEMPORARY, HashedFile, ObjectInfo, check_key
+from cluster.store import TEMPORARY, ObjectInfo, check_key
 
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -104,17 +104,15 @@ class FolderStore:
                 temporary.replace(target)
             _flush_folder(target.parent)
 
-    def download(self, key: str, path: Path) -> str:
+    def download(self, key: str, path: Path) -> None:
         with self._errors_named("read", key):
             source = self._path(key).open("rb")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{TEMPORARY}{uuid4().hex}")
         try:
             with source, temporary.open("xb") as file:
-                hashed = HashedFile(file)
-                _copy(source, hashed, f"{self.url}/{key}")
+                _copy(source, file, f"{self.url}/{key}")
             temporary.replace(path)
-            return hashed.hexdigest()
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -196,11 +194,11 @@ def _walk(folder: Path, above: str, prefix: str) -> Iterator[ObjectInfo]:
             yield ObjectInfo(key, size)
 
 
-def _copy(source: BinaryIO, target: BinaryIO | HashedFile, what: str) -> None:
+def _copy(source: BinaryIO, target: BinaryIO, what: str) -> None:
     expected = os.fstat(source.fileno()).st_size
     shutil.copyfileobj(source, target, 1 << 20)
-    if source.tell() != expected:
-        raise ObjectDamaged(f"{what} came out with {source.tell()} bytes of {expected}; did the file change?")
+    if target.tell() != expected:
+        raise ObjectDamaged(f"{what} came out with {target.tell()} bytes of {expected}; did the file change?")
 
 
 def _write(source: mmap, target: BinaryIO) -> None:

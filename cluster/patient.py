@@ -151,9 +151,9 @@ class PatientStore:
         check_key(key)
         self._patiently(lambda store: store.upload(source, key))
 
-    def download(self, key: str, path: Path) -> str:
+    def download(self, key: str, path: Path) -> None:
         check_key(key)
-        return self._patiently(lambda store: store.download(key, path))
+        self._patiently(lambda store: store.download(key, path))
 
     def _patiently(self, call: Callable[[Store], Result]) -> Result:
         # A key that cannot be one is a plain StoreError too, so every method has checked its key before.

@@ -53,7 +53,7 @@ from cluster.errors import (
     StoreUnfit,
     StoreUnreachable,
 )
-from cluster.store import TEMPORARY, HashedFile, ObjectInfo, check_key
+from cluster.store import TEMPORARY, ObjectInfo, check_key
 
 
 @dataclass(frozen=True)
@@ -200,22 +200,20 @@ class S3Store:
         if stored != size:
             raise ObjectDamaged(f"{self.url}/{key} holds {stored} bytes after uploading the {size} of {what}")
 
-    def download(self, key: str, path: Path) -> str:
+    def download(self, key: str, path: Path) -> None:
         name = self._name(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{TEMPORARY}{uuid4().hex}")
         try:
             with self._errors_named("read", key), temporary.open("xb") as file:
-                hashed = HashedFile(file)  # one that cannot seek, so that parts are written in their order
                 with create_transfer_manager(self._client, _TRANSFER) as transfers:
-                    future = transfers.download(self._bucket, name, hashed)
+                    future = transfers.download(self._bucket, name, file)
                     future.result()
                 size: int = future.meta.size
             fetched = temporary.stat().st_size
             if fetched != size:
                 raise ObjectDamaged(f"{self.url}/{key} has {size} bytes, but {fetched} were fetched")
             os.replace(temporary, path)
-            return hashed.hexdigest()
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -13,10 +13,9 @@ A store pickles to its address, so it may be sent to a Ray worker; there it is n
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import sha256
 from mmap import mmap
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 from urllib.parse import SplitResult, unquote, urlsplit
 from uuid import uuid4
 
@@ -76,29 +75,11 @@ class Store(Protocol):
         meanwhile. Raises ObjectDamaged if the stored size is not the source's.
         """
 
-    def download(self, key: str, path: Path) -> str:
+    def download(self, key: str, path: Path) -> None:
         """Fetch into a local file, which appears only when whole; missing folders are made.
 
-        Returns the SHA-256 in hex of what was written, taken on the way. Raises ObjectNotFound, and ObjectDamaged if
-        the fetched size is not the object's.
+        Raises ObjectNotFound, and ObjectDamaged if the fetched size is not the object's.
         """
-
-
-class HashedFile:
-    """A file to be written from its beginning to its end, and the hash of what was."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._hash = sha256()
-
-    def write(self, data: bytes) -> int:
-        """As a file's."""
-        self._hash.update(data)
-        return self._file.write(data)
-
-    def hexdigest(self) -> str:
-        """Of what was written so far."""
-        return self._hash.hexdigest()
 
 
 def open_store(url: str) -> Store:
