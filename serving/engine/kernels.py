@@ -64,7 +64,7 @@ def attend(
     """Attention of single rows, each over its own slots of the pool: softmax(cap(q kᵀ · scaling)) v.
 
     Args:
-        query: [rows, heads, dim], of any strides but the last, which is 1.
+        query: [rows, heads, dim], of any strides.
         keys, values: a layer's pool, [slots, kv_heads, dim]. All float32, on the CPU.
         slots: int64 [n], what row r sees from starts[r] to starts[r + 1]; starts is int64 [rows + 1].
         longest: the most that one row sees.
@@ -74,6 +74,8 @@ def attend(
     """
     kernels = library()
     assert kernels is not None, "ask are_usable first"
+    if query.stride(-1) != 1:
+        query = query.contiguous()
     rows, heads, dim = query.shape
     kv_heads = keys.shape[1]
     out = query.new_empty(rows, heads, dim)

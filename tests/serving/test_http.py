@@ -79,8 +79,13 @@ def chat_tokens(text: str) -> list[int]:
 
 def expected_text(served: Served, name: str, prompt: list[int], max_tokens: int) -> str:
     """What peft and `generate` answer greedily; the caller's prompts must not lie on a tie."""
-    expected = served.model.expected(served.recipes.get(name), prompt, max_tokens)
-    assert min(expected.margins) > NEAR_TIE, f"{name}: this prompt lies on a near tie, choose another"
+    return text_of(served, served.recipes.get(name), prompt, max_tokens)
+
+
+def text_of(served: Served, recipe: LoraRecipe | None, prompt: list[int], max_tokens: int) -> str:
+    """The same by an adapter's recipe; None is the base."""
+    expected = served.model.expected(recipe, prompt, max_tokens)
+    assert min(expected.margins) > NEAR_TIE, f"{recipe}: this prompt lies on a near tie, choose another"
     return str(make_tokenizer().decode(expected.tokens, skip_special_tokens=True))
 
 
@@ -428,7 +433,8 @@ def test_a_release_and_its_way_back_under_traffic_make_no_error_and_no_mixture(s
     recipes = {"released@1": LoraRecipe(300), "released@2": LoraRecipe(301, r=3)}
     first, second = (served.publish("released", recipe) for recipe in recipes.values())
     registry.set_alias(served.store, "released", "stable", first, why="first")
-    texts = {name: answer(served, recipe) for name, recipe in recipes.items()}
+    prompt = chat_tokens(USER[0]["content"])
+    texts = {name: text_of(served, recipe, prompt, 6) for name, recipe in recipes.items()}
     assert len(set(texts.values())) == 2
     seen: list[str] = []
     over = asyncio.Event()
@@ -462,12 +468,6 @@ def test_a_release_and_its_way_back_under_traffic_make_no_error_and_no_mixture(s
 
     asyncio.run(both())
     assert set(seen) == {"released@1", "released@2"}
-
-
-def answer(served: Served, recipe: LoraRecipe) -> str:
-    expected = served.model.expected(recipe, chat_tokens(USER[0]["content"]), 6)
-    assert min(expected.margins) > NEAR_TIE
-    return str(make_tokenizer().decode(expected.tokens, skip_special_tokens=True))
 
 
 def test_a_damaged_adapter_is_an_error_of_its_own_and_hurts_nobody(served: Served) -> None:
