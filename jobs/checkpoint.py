@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cluster import keys, models, records
-from cluster.errors import ObjectDamaged, ObjectNotFound, StoreError
+from cluster.errors import ObjectDamaged, ObjectNotFound, RunFailed, StoreError
 from cluster.records import CheckpointManifest
 from cluster.store import Store
 from jobs import runs
@@ -102,16 +102,30 @@ class Restored:
         return {name: pieces[-1][0] + pieces[-1][1] for (of, name), pieces in self._pieces.items() if of == part}
 
     def check(self, elements: Mapping[str, int]) -> None:
-        """Raise ObjectDamaged unless it holds these parameters, by name, with so many elements each."""
+        """Raise unless it holds these parameters, by name, with so many elements each.
+
+        Raises:
+            ObjectDamaged: some are missing from it.
+            RunFailed: it holds what the model does not train. No damage adds parameters: other code wrote it, and an
+                older checkpoint would be no better.
+        """
         for part in PARTS:
             held = self.elements(part)
             wrong = sorted(name for name in held.keys() | elements.keys() if held.get(name) != elements.get(name))
-            if wrong:
-                name = wrong[0]
-                raise ObjectDamaged(
-                    f"checkpoint {self.next_step}: {part} of {name} has {held.get(name, 0)} elements, and the model "
-                    f"trains {elements.get(name, 0)} ({len(wrong)} parameters differ)"
+            if not wrong:
+                continue
+            foreign = [name for name in wrong if held.get(name, 0) > elements.get(name, 0)]
+            name = (foreign or wrong)[0]
+            differs = (
+                f"checkpoint {self.next_step}: {part} of {name} has {held.get(name, 0)} elements, and the model trains "
+                f"{elements.get(name, 0)} ({len(wrong)} parameters differ)"
+            )
+            if foreign:
+                raise RunFailed(
+                    f"{differs}; it is whole, and of another model, method or release of the model's code: go on "
+                    "with those"
                 )
+            raise ObjectDamaged(differs)
 
     def read(self, part: str, name: str, start: int, count: int) -> Tensor:
         """`count` elements of a parameter's flattened part (PARTS), from `start` on, fp32 on the host."""
@@ -143,14 +157,23 @@ def load_latest(store: Store, run_id: str, elements: Mapping[str, int]) -> Found
 
     Args:
         elements: how many each trained parameter has, by name.
+
+    Raises:
+        RunFailed: on every rank, as `Restored.check` says.
     """
-    chosen: list[Any] = [None]
     if dist.get_rank() == 0:
-        found = newest_whole(store, run_id, elements)
-        chosen = [(found.restored.next_step if found.restored else None, found.passed_over)]
-        dist.broadcast_object_list(chosen)
+        try:
+            found = newest_whole(store, run_id, elements)
+        except RunFailed as refusal:
+            dist.broadcast_object_list([refusal])
+            raise
+        step = found.restored.next_step if found.restored else None
+        dist.broadcast_object_list([(step, found.passed_over)])
         return found
+    chosen: list[Any] = [None]
     dist.broadcast_object_list(chosen)
+    if isinstance(chosen[0], RunFailed):
+        raise chosen[0]
     step, passed_over = chosen[0]
     return Found(load(store, run_id, step) if step is not None else None, passed_over)
 

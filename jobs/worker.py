@@ -141,4 +141,6 @@ def _load_parent(store: Store, parent: CheckpointRef, elements: Mapping[str, int
         others = [str(step) for step in runs.checkpoint_steps(store, parent.run_id) if step != parent.step]
         have = f"name another: from={parent.run_id}@{' or '.join(others)}" if others else "the run has no other"
         raise ObjectDamaged(f"from: {error}; {have}") from error
+    except RunFailed as error:
+        raise RunFailed(f"from: {error}") from error
     return restored

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import keys
+from cluster import keys, records
 from cluster.nodes import LocalCluster
 from cluster.records import RunRecord
 from jobs import checkpoint, runs
@@ -75,6 +75,17 @@ def test_an_outage_of_the_store_is_sat_out_and_told(
     told = [event.text for event in runs.read_events(field.store, record.run_id) if "out of reach" in event.text]
     assert told
     assert runs.checkpoint_steps(field.store, record.run_id)[-1] == STEPS
+
+
+def test_a_checkpoint_of_another_method_is_refused_by_every_rank(field: Field, calm: list[float]) -> None:
+    key = keys.run_record("calm")
+    record = records.read(field.store, key, RunRecord)
+    before = runs.checkpoint_steps(field.store, "calm")
+    method = {**record.recipe["method"], "rank": 32}
+    narrow = record.model_copy(update={"recipe": {**record.recipe, "method": method}})
+    with pytest.raises(AssertionError, match="another model, method or release of the model's code"):
+        field.start(narrow, WORKERS, 1).wait()
+    assert runs.checkpoint_steps(field.store, "calm") == before
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster import keys
-from cluster.errors import InputError
+from cluster.errors import InputError, RunFailed
 from cluster.folder import FolderStore
 from cluster.records import BaseModelRef, RunRecord, now
 from cluster.store import Store
@@ -55,10 +55,17 @@ def test_a_changed_manifest_is_passed_over_and_says_why(store: Store, changed: s
     assert "\n" not in reason
 
 
-def test_a_checkpoint_of_another_model_is_passed_over(store: Store) -> None:
+def test_a_checkpoint_that_lacks_something_is_passed_over(store: Store) -> None:
     found = checkpoint.newest_whole(store, RUN, {"w": 65})
     assert found.restored is None
     assert len(found.passed_over) == 2
+
+
+@pytest.mark.parametrize("trained", [{"v": 64}, {"w": 32}, {}])
+def test_a_checkpoint_of_another_model_ends_the_attempt(store: Store, trained: dict[str, int]) -> None:
+    """Passed over, it was collected after the new attempt's first commit: a night's work, because of an upgrade."""
+    with pytest.raises(RunFailed, match="checkpoint 4: weight of w has 64 .* another model, method or release"):
+        checkpoint.newest_whole(store, RUN, trained)
 
 
 @pytest.mark.parametrize("damage", ["shard", "manifest"])
