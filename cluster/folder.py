@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from hashlib import file_digest
 from mmap import mmap
 from pathlib import Path
 from typing import BinaryIO
@@ -104,15 +105,18 @@ class FolderStore:
                 temporary.replace(target)
             _flush_folder(target.parent)
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path) -> str:
         with self._errors_named("read", key):
             source = self._path(key).open("rb")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{TEMPORARY}{uuid4().hex}")
         try:
-            with source, temporary.open("xb") as file:
+            with source, temporary.open("x+b") as file:
                 _copy(source, file, f"{self.url}/{key}")
+                file.seek(0)
+                digest = file_digest(file, "sha256").hexdigest()
             temporary.replace(path)
+            return digest
         finally:
             temporary.unlink(missing_ok=True)
 

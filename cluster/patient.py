@@ -151,9 +151,9 @@ class PatientStore:
         check_key(key)
         self._patiently(lambda store: store.upload(source, key))
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path) -> str:
         check_key(key)
-        self._patiently(lambda store: store.download(key, path))
+        return self._patiently(lambda store: store.download(key, path))
 
     def _patiently(self, call: Callable[[Store], Result]) -> Result:
         # A key that cannot be one is a plain StoreError too, so every method has checked its key before.

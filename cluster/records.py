@@ -80,11 +80,11 @@ def fetch_files(store: Store, prefix: str, files: Iterable[FileRecord], folder: 
     def fetch(file: FileRecord) -> None:
         path = folder / file.file
         path.parent.mkdir(parents=True, exist_ok=True)
-        store.download(prefix + file.file, path)
-        if describe_file(path, file.file) != file:
+        digest = store.download(prefix + file.file, path)
+        if FileRecord(file=file.file, size=path.stat().st_size, sha256=digest) != file:
             raise ObjectDamaged(f"{store.url}/{prefix}{file.file}: size or SHA-256 differs from its record")
 
-    with ThreadPoolExecutor(2) as pool:  # one file is checked while the next one comes
+    with ThreadPoolExecutor(2) as pool:
         for _ in pool.map(fetch, files):
             pass
 

@@ -10,9 +10,12 @@ import functools
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import count
 from mmap import mmap
 from pathlib import Path
@@ -39,7 +42,6 @@ from botocore.exceptions import (
     TokenRetrievalError,
 )
 from botocore.exceptions import ConnectionError as NoConnectionError
-from s3transfer.exceptions import RetriesExceededError
 
 from cluster.errors import (
     ConfigError,
@@ -154,18 +156,21 @@ class S3Store:
             self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=data)
 
     def get(self, key: str) -> bytes:
-        name = self._name(key)
         with self._errors_named("read", key):
-            for attempt in count(1):
-                body = self._client.get_object(Bucket=self._bucket, Key=name)["Body"]
-                try:
-                    with body:
-                        data: bytes = body.read()  # raises if fewer bytes come than were announced
-                    return data
-                except _NO_ANSWER:  # botocore's own retries end where the body begins
-                    if attempt >= self._patience.max_attempts:
-                        raise
-                    _pause(attempt)
+            return self._read(Bucket=self._bucket, Key=self._name(key))
+
+    def _read(self, **request: str) -> bytes:
+        """The body that answers a GET, whole."""
+        for attempt in count(1):
+            body = self._client.get_object(**request)["Body"]
+            try:
+                with body:
+                    data: bytes = body.read()  # raises if fewer bytes come than were announced
+                return data
+            except _NO_ANSWER:  # botocore's own retries end where the body begins
+                if attempt >= self._patience.max_attempts:
+                    raise
+                _pause(attempt)
         raise AssertionError("count() does not end")
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -200,22 +205,44 @@ class S3Store:
         if stored != size:
             raise ObjectDamaged(f"{self.url}/{key} holds {stored} bytes after uploading the {size} of {what}")
 
-    def download(self, key: str, path: Path) -> None:
-        name = self._name(key)
+    def download(self, key: str, path: Path) -> str:
+        name, hashed = self._name(key), sha256()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{TEMPORARY}{uuid4().hex}")
         try:
             with self._errors_named("read", key), temporary.open("xb") as file:
-                with create_transfer_manager(self._client, _TRANSFER) as transfers:
-                    future = transfers.download(self._bucket, name, file)
-                    future.result()
-                size: int = future.meta.size
-            fetched = temporary.stat().st_size
-            if fetched != size:
-                raise ObjectDamaged(f"{self.url}/{key} has {size} bytes, but {fetched} were fetched")
+                head = self._client.head_object(Bucket=self._bucket, Key=name)
+                for part in self._parts(name, head["ContentLength"], head["ETag"]):
+                    hashed.update(part)
+                    file.write(part)
             os.replace(temporary, path)
+            return hashed.hexdigest()
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _parts(self, name: str, size: int, etag: str) -> Iterator[bytes]:
+        """An object's bytes in their order, with so many parts on their way as a transfer has.
+
+        s3transfer is not asked, because it writes parts in any order, so that what it wrote must be read again to be
+        hashed; into a file that cannot seek it writes in order, but waits for ever beyond ten parts.
+        """
+        step = _TRANSFER.multipart_chunksize
+
+        def read(start: int) -> bytes:
+            end = min(start + step, size)
+            data = self._read(Bucket=self._bucket, Key=name, Range=f"bytes={start}-{end - 1}", IfMatch=etag)
+            if len(data) != end - start:
+                raise ObjectDamaged(f"{self.url}/{name}: {len(data)} bytes came for the {end - start} from {start} on")
+            return data
+
+        with ThreadPoolExecutor(_TRANSFER.max_concurrency) as pool:
+            coming: deque[Future[bytes]] = deque()
+            for start in range(0, size, step):
+                if len(coming) == _TRANSFER.max_concurrency:
+                    yield coming.popleft().result()
+                coming.append(pool.submit(read, start))
+            while coming:
+                yield coming.popleft().result()
 
     def _name(self, key: str) -> str:
         """The key within the bucket."""
@@ -237,8 +264,6 @@ class S3Store:
             yield
         except (BotoCoreError, ClientError) as error:
             raise self._named(error, doing, key) from error
-        except RetriesExceededError as error:  # a body cut too often, in a download
-            raise self._named(error.last_exception, doing, key) from error
 
     def _named(self, error: Exception, doing: str, key: str) -> LuthierError:
         what = f"cannot {doing} {self.url}/{key} at {self._endpoint}"
@@ -271,6 +296,8 @@ class S3Store:
             )
         if status == 404:
             return ObjectNotFound(f"{self.url}/{key} does not exist at {self._endpoint}")
+        if status == 412:
+            return ObjectDamaged(f"{what}: it was replaced while it was read; try again")
         if status == 501:
             return StoreUnfit(f"{what}: the server does not implement it ({said}); use AWS S3, Ceph, MinIO or R2")
         if status >= 500 or status == 429 or code in ("SlowDown", "ConditionalRequestConflict"):

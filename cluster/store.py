@@ -75,10 +75,11 @@ class Store(Protocol):
         meanwhile. Raises ObjectDamaged if the stored size is not the source's.
         """
 
-    def download(self, key: str, path: Path) -> None:
+    def download(self, key: str, path: Path) -> str:
         """Fetch into a local file, which appears only when whole; missing folders are made.
 
-        Raises ObjectNotFound, and ObjectDamaged if the fetched size is not the object's.
+        Returns the SHA-256 in hex of what was written. Raises ObjectNotFound, and ObjectDamaged if
+        it is not one whole object that came.
         """
 
 

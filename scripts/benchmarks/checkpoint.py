@@ -168,7 +168,7 @@ class Bench:
             return [mib / seconds for seconds in _by_round(turns, name)]
 
         up = {"goal": 0.8, "sha256_alone": median(rates("hash_s"))}
-        down = {"goal": 0.8, "fetch_alone": median(rates("fetch_s")), "verify_alone": median(rates("verify_s"))}
+        down = {"goal": 0.8, "fetch_alone": median(rates("fetch_s"))}
         return [
             Measure("upload_throughput", "MiB/s", rates("upload_s"), rates("plain_upload_s"), up),
             Measure("restore_throughput", "MiB/s", rates("restore_s"), rates("plain_download_s"), down),

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from mmap import mmap
 from pathlib import Path
@@ -159,15 +160,17 @@ def test_a_race_of_16_writers_has_one_winner(store: Store) -> None:
 
 def test_a_big_file_goes_up_and_comes_down_whole(store: Store, tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "new folder" / "target"
-    source.write_bytes(random.Random(7).randbytes((40 << 20) + 12345))
+    source.write_bytes(random.Random(7).randbytes((200 << 20) + 12345))
     store.upload(source, "big/file")
-    store.download("big/file", target)
+    digest = store.download("big/file", target)
+    assert digest == sha256(target.read_bytes()).hexdigest()
     assert target.read_bytes() == source.read_bytes()
-    assert [info.size for info in store.list("big/")] == [(40 << 20) + 12345]
+    assert [info.size for info in store.list("big/")] == [(200 << 20) + 12345]
 
     source.write_bytes(b"smaller now")
     store.upload(source, "big/file")
-    store.download("big/file", target)
+    digest = store.download("big/file", target)
+    assert digest == sha256(target.read_bytes()).hexdigest()
     assert target.read_bytes() == b"smaller now"
     assert list(target.parent.iterdir()) == [target]
 

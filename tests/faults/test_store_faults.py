@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 
-from cluster.errors import ObjectExists, StoreUnreachable, exit_code
+from cluster.errors import ObjectDamaged, ObjectExists, StoreUnreachable, exit_code
 from cluster.s3 import Patience, S3Store
 from cluster.store import open_store
 from tests.faults.proxy import Proxy
@@ -112,6 +112,15 @@ def test_a_cut_download_goes_on(line: Line, tmp_path: Path, reset: bool) -> None
     line.store.download("big", tmp_path / "copy")
     assert line.proxy.fired == 3
     assert (tmp_path / "copy").read_bytes() == data
+
+
+def test_a_file_replaced_while_it_is_fetched_is_never_half_of_each(line: Line, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(bytes(40 * MIB))
+    line.direct.upload(tmp_path / "source", "big")
+    line.proxy.cut("down", after_bytes=6 * MIB, then=lambda: line.direct.put("big", b"1" * (40 * MIB)))
+    with pytest.raises(ObjectDamaged, match="it was replaced while it was read; try again"):
+        line.store.download("big", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_download_that_always_breaks_leaves_what_was_there(short_line: Line, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_a_checkpoint_that_lacks_something_is_passed_over(store: Store) -> None:
 @pytest.mark.parametrize("trained", [{"v": 64}, {"w": 32}, {}])
 def test_a_checkpoint_of_another_model_ends_the_attempt(store: Store, trained: dict[str, int]) -> None:
     """Passed over, it was collected after the new attempt's first commit: a night's work, because of an upgrade."""
-    with pytest.raises(RunFailed, match="checkpoint 4: weight of w has 64 .* another model, method or release"):
+    with pytest.raises(RunFailed, match=r"checkpoint 4: weight of w has 64 .* another model, method or release"):
         checkpoint.newest_whole(store, RUN, trained)
 
 
