@@ -10,16 +10,15 @@ import functools
 import os
 import random
 import time
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count
 from mmap import mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 from uuid import uuid4
 
 import boto3.session
@@ -101,7 +100,11 @@ _NO_CREDENTIALS = (
 _DENIED_CODES = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}  # sent with status 400
 _WRONG_REGION_CODES = {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"}
 _NO_ANSWER = (HTTPClientError, NoConnectionError, IncompleteReadError)
+_CHUNK = 256 << 10  # of a body, bytes
 _WRITER = "luthier-writer"  # object metadata: which call of create() wrote it
+
+
+Taken = TypeVar("Taken")
 
 
 class S3Store:
@@ -157,16 +160,15 @@ class S3Store:
 
     def get(self, key: str) -> bytes:
         with self._errors_named("read", key):
-            return self._read(Bucket=self._bucket, Key=self._name(key))
+            return self._read(lambda body: bytes(body.read()), Key=self._name(key))
 
-    def _read(self, **request: str) -> bytes:
-        """The body that answers a GET, whole."""
+    def _read(self, take: Callable[[Any], Taken], **request: str) -> Taken:
+        """What `take` makes of the body that answers a GET; again, when it breaks off."""
         for attempt in count(1):
-            body = self._client.get_object(**request)["Body"]
+            body = self._client.get_object(Bucket=self._bucket, **request)["Body"]
             try:
                 with body:
-                    data: bytes = body.read()  # raises if fewer bytes come than were announced
-                return data
+                    return take(body)  # raises if fewer bytes come than were announced
             except _NO_ANSWER:  # botocore's own retries end where the body begins
                 if attempt >= self._patience.max_attempts:
                     raise
@@ -206,43 +208,44 @@ class S3Store:
             raise ObjectDamaged(f"{self.url}/{key} holds {stored} bytes after uploading the {size} of {what}")
 
     def download(self, key: str, path: Path) -> str:
-        name, hashed = self._name(key), sha256()
+        name = self._name(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{TEMPORARY}{uuid4().hex}")
         try:
-            with self._errors_named("read", key), temporary.open("xb") as file:
-                head = self._client.head_object(Bucket=self._bucket, Key=name)
-                for part in self._parts(name, head["ContentLength"], head["ETag"]):
-                    hashed.update(part)
-                    file.write(part)
+            with self._errors_named("read", key), temporary.open("x+b") as file:
+                digest = self._fetch(name, file)
             os.replace(temporary, path)
-            return hashed.hexdigest()
+            return digest
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _parts(self, name: str, size: int, etag: str) -> Iterator[bytes]:
-        """An object's bytes in their order, with so many parts on their way as a transfer has.
+    def _fetch(self, name: str, file: BinaryIO) -> str:
+        """Write an object's parts where they belong, several at a time, and hash each when those before it are there.
 
-        s3transfer is not asked, because it writes parts in any order, so that what it wrote must be read again to be
-        hashed; into a file that cannot seek it writes in order, but waits for ever beyond ten parts.
+        s3transfer would not say which parts it has written; into a file that cannot seek it writes them in order, but
+        waits for ever beyond ten.
         """
-        step = _TRANSFER.multipart_chunksize
+        head = self._client.head_object(Bucket=self._bucket, Key=name)
+        size, step, hashed = head["ContentLength"], _TRANSFER.multipart_chunksize, sha256()
 
-        def read(start: int) -> bytes:
+        def fetch(start: int) -> int:
             end = min(start + step, size)
-            data = self._read(Bucket=self._bucket, Key=name, Range=f"bytes={start}-{end - 1}", IfMatch=etag)
-            if len(data) != end - start:
-                raise ObjectDamaged(f"{self.url}/{name}: {len(data)} bytes came for the {end - start} from {start} on")
-            return data
+
+            def write(body: Any) -> None:
+                at = start
+                for chunk in body.iter_chunks(_CHUNK):
+                    at += os.pwrite(file.fileno(), chunk, at)
+                if at != end:
+                    raise ObjectDamaged(f"{self.url}/{name}: bytes {start} to {at} came when {end} was asked for")
+
+            self._read(write, Key=name, Range=f"bytes={start}-{end - 1}", IfMatch=head["ETag"])
+            return end - start
 
         with ThreadPoolExecutor(_TRANSFER.max_concurrency) as pool:
-            coming: deque[Future[bytes]] = deque()
-            for start in range(0, size, step):
-                if len(coming) == _TRANSFER.max_concurrency:
-                    yield coming.popleft().result()
-                coming.append(pool.submit(read, start))
-            while coming:
-                yield coming.popleft().result()
+            for length in pool.map(fetch, range(0, size, step)):
+                for at in range(0, length, _CHUNK):
+                    hashed.update(file.read(min(_CHUNK, length - at)))
+        return hashed.hexdigest()
 
     def _name(self, key: str) -> str:
         """The key within the bucket."""
