@@ -226,7 +226,8 @@ class S3Store:
         waits for ever beyond ten.
         """
         head = self._client.head_object(Bucket=self._bucket, Key=name)
-        size, step, hashed = head["ContentLength"], _TRANSFER.multipart_chunksize, sha256()
+        size: int = head["ContentLength"]
+        step, hashed = _TRANSFER.multipart_chunksize, sha256()
 
         def fetch(start: int) -> int:
             end = min(start + step, size)
