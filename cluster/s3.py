@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from io import FileIO
 from itertools import count
 from mmap import mmap
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import boto3.session
@@ -212,22 +213,22 @@ class S3Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{TEMPORARY}{uuid4().hex}")
         try:
-            with self._errors_named("read", key), temporary.open("x+b") as file:
+            with self._errors_named("read", key), temporary.open("x+b", buffering=0) as file:  # reads nothing ahead
                 digest = self._fetch(name, file)
             os.replace(temporary, path)
             return digest
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _fetch(self, name: str, file: BinaryIO) -> str:
+    def _fetch(self, name: str, file: FileIO) -> str:
         """Write an object's parts where they belong, several at a time, and hash each when those before it are there.
 
         s3transfer would not say which parts it has written; into a file that cannot seek it writes them in order, but
         waits for ever beyond ten.
         """
         head = self._client.head_object(Bucket=self._bucket, Key=name)
-        size: int = head["ContentLength"]
-        step, hashed = _TRANSFER.multipart_chunksize, sha256()
+        size, step = int(head["ContentLength"]), int(_TRANSFER.multipart_chunksize)
+        hashed = sha256()
 
         def fetch(start: int) -> int:
             end = min(start + step, size)
