@@ -45,7 +45,9 @@ class ReplicaConfig(Config):
     min: NonNegativeInt = Field(1, description="replicas kept even when idle; 0 scales to zero")
     max: PositiveInt = Field(1, description="replicas at most")
     target_ongoing: PositiveFloat = Field(16.0, description="requests per replica that autoscaling aims at")
-    max_ongoing: PositiveInt = Field(64, description="requests a replica works on; further ones queue in front of it")
+    max_ongoing: PositiveInt = Field(
+        128, description="requests in a replica, which takes them in fair turns; further ones queue in front of it"
+    )
     max_queued: PositiveInt = Field(256, description="requests that queue in front of the replicas before 429")
     upscale_delay_s: NonNegativeFloat = Field(10.0, description="how long demand must last before a replica is added")
     downscale_delay_s: NonNegativeFloat = Field(300.0, description="how long it must be low before one is removed")

@@ -33,6 +33,7 @@ from serving import scrape
 from serving.answers import Answer, ChatAnswer, CompletionAnswer, Json
 from serving.calls import Accepted, Call, ChoiceEvent
 from serving.config import ServingConfig
+from serving.engine.pace import Pace
 from serving.gauges import counter
 from serving.protocol import ChatRequest, CompletionRequest, HttpError, describe, describe_status, parse
 from serving.resolver import Resolver, ServedModel
@@ -53,6 +54,7 @@ class Ingress:
         self._replicas = replicas
         self._resolver = Resolver(open_store(config.store), base, config.adapters.alias_refresh_s)
         self._requests = counter(metrics.REQUESTS)
+        self._pace = Pace()  # in calls answered
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return Starlette(
@@ -148,10 +150,12 @@ class Ingress:
         try:
             async for piece in response:
                 yield piece
+            self._pace.did(1)
         except RayTaskError as error:
             raise error.cause from None
         except BackPressureError as error:
-            raise Overloaded(f"{error.num_queued_requests} requests wait already; try again soon") from None
+            queued = error.num_queued_requests
+            raise Overloaded(f"{queued} requests wait already; try again soon", self._pace.wait_s(queued)) from None
         except (RayError, RayServeException) as error:
             _log.warning("call %s lost its replica: %s", call.id, error)
             raise Overloaded("the replica that answered was lost; send the request again") from None

@@ -4,6 +4,7 @@
     native      our engine: a thread around the core, streams for asyncio
     core        the engine without its thread: plan, execute, commit
     scheduler   who is in the next step, with how many tokens
+    fairness    whose turn it is among those who wait        pace   how long more work will take
     model       the base model and its one packed forward pass
     attention   attention over a packed row, from the paged pool
     kv          the pool: blocks, who shares them, and the tensors behind them

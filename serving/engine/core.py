@@ -54,6 +54,11 @@ class EngineCore:
         """Whether a step would do anything."""
         return bool(self._live)
 
+    @property
+    def backlog(self) -> int:
+        """Tokens that those who wait will have computed before the last of them has begun: all but the last's own."""
+        return sum(each.max_cached for each in self._scheduler.waiting)
+
     def add(self, request: GenerationRequest) -> None:
         """Queue a request. Raises RequestError, UnknownModel or Overloaded, and is then as if never called."""
         if request.id in self._live:

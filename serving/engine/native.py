@@ -21,6 +21,7 @@ from serving.engine.core import EngineCore, Event
 from serving.engine.kv import BlockAllocator
 from serving.engine.lora import LoraTable
 from serving.engine.model import PackedModel
+from serving.engine.pace import Pace
 from serving.engine.protocol import EngineStats, GenerationRequest, TokenEvent
 from serving.engine.scheduler import Limits, Scheduler
 
@@ -64,6 +65,7 @@ class NativeEngine:
         self._last_stats = EngineStats(alive=False)
         self._streams: dict[str, _Stream] = {}
         self._commands: list[_Command] = []
+        self._pace = Pace()  # in tokens
         self._is_stopping = False
         self._thread: threading.Thread | None = None
 
@@ -87,7 +89,11 @@ class NativeEngine:
         """Queue a request and return its stream; see Engine.submit for the errors."""
         stream = _Stream(self, request.id, asyncio.get_running_loop())
         with self._wake:
-            self._serving_core().add(request)
+            core = self._serving_core()
+            try:
+                core.add(request)
+            except Overloaded as error:
+                raise Overloaded(str(error), self._pace.wait_s(core.backlog)) from None
             self._streams[request.id] = stream
             self._wake.notify()
         return stream
@@ -168,6 +174,7 @@ class NativeEngine:
                 outbox = self._route(core.fail(chunks, error))
         else:
             with self._wake:
+                self._pace.did(sum(chunk.num_tokens for chunk in chunks))
                 outbox = self._route(core.commit(chunks, picks))
         self._send(outbox)
         return True

@@ -3,9 +3,10 @@
     waiting ──admit──▶ running (prefill ▸ decode) ──finish──▶ gone
 
 1. add      the caller; refuses what can never fit, and everything while `max_waiting` wait.
-2. admit    first come, first served: the head waits until a place and *all* the blocks for its prompt and max_tokens
-            are free, and nothing overtakes it. So nothing admitted ever runs out of memory, nothing is pre-empted and
-            nothing starves. The price is blocks reserved for tokens that may never come; pre-emption would go here.
+2. admit    the adapter that was given least goes first (fairness.py), and its oldest request waits until a place and
+            *all* the blocks for its prompt and max_tokens are free. So nothing admitted ever runs out of memory, nothing
+            is pre-empted and nothing starves. The price is blocks reserved for tokens that may never come; pre-emption
+            would go here.
 3. plan     each decoding sequence gets its one token; what is left of `max_batch_tokens` goes to prompts in order of
             arrival, each at most half of the whole while others want some. A long prompt is thus read in chunks,
             and delays a running stream by one bounded step, never by its whole length.
@@ -16,12 +17,16 @@ With the prefix cache a request begins behind the blocks that another of its ada
 is always computed anew, since its logits are needed.
 """
 
-from collections import deque
 from dataclasses import dataclass, field
 
 from cluster.errors import Overloaded, RequestError
+from serving.engine.fairness import FairQueue
 from serving.engine.kv import BlockAllocator, block_keys
 from serving.engine.protocol import GenerationRequest
+
+_SHARE_OF_ROOM = 2
+"""How many times the queue's free places one adapter may have waiting there: the dynamic threshold of Choudhury and Hahne
+(1998). One alone gets two thirds of the queue, several less each, and there is room for one that comes later."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,11 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens whose keys and values are still to be computed before the next one can be sampled."""
         return len(self.tokens) - self.computed
+
+    @property
+    def flow(self) -> str:
+        """Among whom the engine is shared out: the adapters, and the bare base as one of them."""
+        return self.request.adapter or ""
 
     @property
     def num_generated(self) -> int:
@@ -98,7 +108,7 @@ class Scheduler:
             )
         self.limits = limits
         self.allocator = allocator
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: FairQueue[Sequence] = FairQueue()
         self.running: list[Sequence] = []
 
     def sequences(self) -> list[Sequence]:
@@ -122,11 +132,14 @@ class Scheduler:
                 f"the prompt's {prompt} tokens and max_tokens {new} are {prompt + new}, above this engine's key-value "
                 f"memory of {capacity} tokens (kv_tokens); shorten the prompt or lower max_tokens"
             )
-        if len(self.waiting) >= self.limits.max_waiting:
+        room, own = self.limits.max_waiting - len(self.waiting), self.waiting.length(sequence.flow)
+        if room <= 0 or own >= _SHARE_OF_ROOM * room:
+            of = f"{own} of them for this adapter, " if room > 0 else ""
             raise Overloaded(
-                f"{len(self.waiting)} requests wait already, the most this engine queues (max_waiting); try again soon"
+                f"{len(self.waiting)} requests wait already, {of}of at most {self.limits.max_waiting} that this engine "
+                "queues (max_waiting); try again soon"
             )
-        self.waiting.append(sequence)
+        self.waiting.add(sequence.flow, sequence)
 
     def plan(self) -> list[Chunk]:
         """Admit what fits, then the next step's chunks, single tokens first; empty when there is none."""
@@ -151,6 +164,8 @@ class Scheduler:
         """A chunk's keys and values are in the pool."""
         sequence, size = chunk.sequence, self.allocator.block_tokens
         sequence.computed = chunk.end
+        if chunk.start >= len(sequence.request.prompt_ids):  # the prompt's were charged when it was admitted
+            self.waiting.charge(sequence.flow, chunk.num_tokens)
         whole = chunk.end // size
         if self.limits.prefix_cache and whole > len(sequence.keys):
             first = len(sequence.keys)
@@ -167,11 +182,11 @@ class Scheduler:
             self.allocator.free(sequence.blocks)
             sequence.blocks = []
         else:
-            self.waiting.remove(sequence)
+            self.waiting.remove(sequence.flow, sequence)
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.limits.max_running:
-            head, size = self.waiting[0], self.allocator.block_tokens
+            head, size = self.waiting.head(), self.allocator.block_tokens
             prompt = head.request.prompt_ids
             keys: list[bytes] = []
             if self.limits.prefix_cache:
@@ -184,4 +199,5 @@ class Scheduler:
             head.blocks = shared + self.allocator.allocate(needed)
             head.keys = keys[: len(shared)]
             head.computed = head.shared = len(shared) * size
-            self.running.append(self.waiting.popleft())
+            self.running.append(self.waiting.pop())
+            self.waiting.charge(head.flow, len(prompt) - head.shared)

@@ -94,7 +94,7 @@ class Workload:
         except UnknownModel:
             assert adapter not in self.loaded - self.retiring
         except Overloaded:
-            assert before.waiting == 4
+            assert before.waiting >= 3  # of four: a queue is not one adapter's alone
         else:
             assert adapter < 0 or adapter in self.loaded - self.retiring
             self.asked[id_] = (adapter, prompt, max_tokens)
