@@ -10,6 +10,7 @@ ingress    the HTTP side: routes, streaming, headers
 replica    one engine with its tokenizer and adapters, as a Serve deployment
 prompts    messages or text → token ids, by the model's own chat template
 adapters   which adapters are in the engine: single-flight loads, reference counts, eviction
+pins       the adapters that every replica is to hold, by name
 downloads  verified adapter files on this node, under a byte budget
 routing    which replica a request goes to: queue in tokens, and what loading would cost (pure)
 router     that policy behind Serve's router interface

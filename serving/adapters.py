@@ -4,7 +4,8 @@
     an adapter in use is never evicted; the idle one that was used longest ago goes first
     nothing good is evicted for a load that then fails: the newcomer is in before the other leaves
     when all are in use the next to go takes no new requests, so that a busy adapter cannot starve the others
-    a failed load tells everyone who waits why; the next request tries anew
+    a failed load tells everyone who waits why, and is not tried again for a while if it is the adapter's own fault
+    what is pinned is loaded before anybody asks, and stays
 
 An entry's life:   loading ─▶ idle ⇄ held ─▶ leaving (takes no new holders) ─▶ gone
                       └─ failed ─▶ gone
@@ -13,17 +14,23 @@ Pure asyncio, in one event loop. The engine has one slot more than `max_adapters
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cluster.errors import AdapterRefused, LuthierError, ObjectDamaged, ObjectNotFound
 from cluster.records import AdapterRecord
 from serving.downloads import Downloads
 from serving.engine.protocol import Engine
 
 SPARE_SLOTS = 1
 """What the engine must hold beyond `max_adapters`."""
+
+
+_ITS_OWN_FAULT = (AdapterRefused, ObjectDamaged, ObjectNotFound)
+"""What trying again soon would only meet again, at the price of a download."""
 
 
 class _AbandonedError(Exception):
@@ -44,13 +51,24 @@ class AdapterCache:
     """The adapters of one engine."""
 
     def __init__(
-        self, engine: Engine, downloads: Downloads, max_adapters: int, on_change: Callable[[], None] = lambda: None
+        self,
+        engine: Engine,
+        downloads: Downloads,
+        max_adapters: int,
+        on_change: Callable[[], None] = lambda: None,
+        *,
+        retry_failed_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`on_change` is called whenever the set of loaded adapters has changed."""
         self._engine = engine
         self._downloads = downloads
         self._max_adapters = max_adapters
         self._on_change = on_change
+        self._retry_failed_s = retry_failed_s
+        self._time = clock
+        self._failed: dict[str, tuple[float, LuthierError]] = {}  # by digest: until when, and why
+        self._pinned: frozenset[str] = frozenset()
         self._entries: dict[str, _Entry] = {}
         self._places = 0  # taken by what is loaded, or is being loaded into a free place
         self._turn = asyncio.Lock()  # to look for a place: first come, first served
@@ -61,6 +79,20 @@ class AdapterCache:
     def loaded(self) -> list[AdapterRecord]:
         """What is in the engine now, in the order of asking."""
         return [entry.record for entry in self._entries.values() if entry.is_loaded]
+
+    async def prefetch(self, record: AdapterRecord) -> None:
+        """Load an adapter before anybody asks for it. Raises as `hold` does."""
+        async with self.hold(record):
+            pass
+
+    def pin(self, records: Collection[AdapterRecord]) -> None:
+        """From now on evict none of these, until other ones are pinned. Fewer than `max_adapters`: others need a place.
+
+        One that is not loaded is not loaded by this; see `prefetch`.
+        """
+        assert len(records) < self._max_adapters, "pinned adapters would leave no place for others"
+        self._pinned = frozenset(record.digest for record in records)
+        self._tell()
 
     @asynccontextmanager
     async def hold(self, record: AdapterRecord) -> AsyncIterator[str]:
@@ -82,6 +114,7 @@ class AdapterCache:
         while True:
             entry = self._entries.get(record.digest)
             if entry is None:
+                self._refuse_what_failed(record.digest)
                 entry = self._entries[record.digest] = _Entry(record)
                 entry.loading = asyncio.create_task(self._load(entry))
                 entry.loading.add_done_callback(_retrieve)
@@ -89,6 +122,12 @@ class AdapterCache:
                 entry.holders += 1
                 return entry
             await self._news.wait()
+
+    def _refuse_what_failed(self, digest: str) -> None:
+        now = self._time()
+        self._failed = {each: failed for each, failed in self._failed.items() if failed[0] > now}
+        if digest in self._failed:
+            raise self._failed[digest][1].with_traceback(None)  # or each that is told makes it longer
 
     async def _load(self, entry: _Entry) -> None:
         digest = entry.record.digest
@@ -101,8 +140,10 @@ class AdapterCache:
                 if victim is None:
                     await self._fill(digest, download.folder)
             entry.is_loaded = True
-        except BaseException:
+        except BaseException as error:
             del self._entries[digest]
+            if isinstance(error, _ITS_OWN_FAULT):
+                self._failed[digest] = self._time() + self._retry_failed_s, error
             raise
         finally:
             self._tell()
@@ -115,7 +156,7 @@ class AdapterCache:
             while self._places >= self._max_adapters:
                 if entry.holders == 0:
                     raise _AbandonedError
-                loaded = [each for each in self._entries.values() if each.is_loaded]
+                loaded = [each for each in self._entries.values() if each.is_loaded and not self._is_pinned(each)]
                 idle = [each for each in loaded if each.holders == 0]
                 if idle:
                     return self._replace_victim(victim, min(idle, key=lambda each: each.last_used))
@@ -128,6 +169,9 @@ class AdapterCache:
         self._replace_victim(victim, None)
         self._places += 1
         return None
+
+    def _is_pinned(self, entry: _Entry) -> bool:
+        return entry.record.digest in self._pinned
 
     def _replace_victim(self, old: _Entry | None, new: _Entry | None) -> _Entry | None:
         if old is not None:

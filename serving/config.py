@@ -81,6 +81,12 @@ class AdaptersConfig(Config):
 
     alias_refresh_s: PositiveFloat = Field(2.0, description="a moved alias, and a new name, are live within this time")
     disk_max_bytes: PositiveInt = Field(20 * 2**30, description="downloaded adapters kept on a node; oldest use goes")
+    retry_failed_s: NonNegativeFloat = Field(
+        30.0, description="how long an adapter that could not be loaded, by its own fault, is refused without trying"
+    )
+    pinned: tuple[str, ...] = Field(
+        (), description="adapters (NAME, NAME@ALIAS, NAME@VERSION) that every replica loads at once and never evicts"
+    )
 
 
 class ServingConfig(Config):
@@ -98,4 +104,9 @@ class ServingConfig(Config):
     def _check(self) -> "ServingConfig":
         if not keys.is_name(self.name):
             raise ValueError(f"name {self.name!r}: use lower case letters, digits, '.', '_' and '-'")
+        if len(self.adapters.pinned) >= self.engine.max_adapters:
+            raise ValueError(
+                f"{len(self.adapters.pinned)} adapters are pinned of engine.max_adapters {self.engine.max_adapters}; "
+                "leave at least one place for the others"
+            )
         return self

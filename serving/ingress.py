@@ -52,7 +52,7 @@ class Ingress:
     def __init__(self, config: ServingConfig, base: BaseModelRef, replicas: DeploymentHandle[Any]) -> None:
         self._base = base
         self._replicas = replicas
-        self._resolver = Resolver(open_store(config.store), base, config.adapters.alias_refresh_s)
+        self._resolver = Resolver(open_store(config.store), base, config.adapters.alias_refresh_s, self._prefetch)
         self._requests = counter(metrics.REQUESTS)
         self._pace = Pace()  # in calls answered
 
@@ -161,6 +161,13 @@ class Ingress:
             raise Overloaded("the replica that answered was lost; send the request again") from None
         finally:
             response.cancel()  # no effect once it has ended
+
+    async def _prefetch(self, record: AdapterRecord) -> None:
+        """Have the replica load an adapter that will get the next request for it."""
+        try:
+            await self._replicas.options(multiplexed_model_id=record.digest).prefetch.remote(record)
+        except (RayError, RayServeException) as error:  # the first request will meet it too, and say so
+            _log.warning("%s@%s was not loaded ahead: %s", record.name, record.version, error)
 
     def _headers(self, record: AdapterRecord | None) -> dict[str, str]:
         """Which weights answer: an adapter's version and digest, or the base and its revision."""

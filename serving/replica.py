@@ -20,7 +20,7 @@ from ray import serve
 
 from cluster import models
 from cluster.errors import InvalidRequest, Overloaded
-from cluster.records import BaseModelRef
+from cluster.records import AdapterRecord, BaseModelRef
 from cluster.store import open_store
 from serving import affinity
 from serving.adapters import SPARE_SLOTS, AdapterCache
@@ -29,7 +29,9 @@ from serving.config import ServingConfig
 from serving.downloads import Downloads
 from serving.engine.protocol import Engine, GenerationRequest, TokenStream
 from serving.gauges import EngineGauges
+from serving.pins import keep_pinned
 from serving.protocol import choice_seed
+from serving.resolver import Resolver
 
 _METRICS_INTERVAL_S = 5.0
 
@@ -60,7 +62,20 @@ class Replica:
         self._engine = start_engine(folder, config)
         self._teardown.callback(self._engine.stop)
         downloads = Downloads(models.cache_folder() / "adapters", store, config.adapters.disk_max_bytes)
-        self._adapters = AdapterCache(self._engine, downloads, config.engine.max_adapters, self._advertise)
+        self._adapters = AdapterCache(
+            self._engine,
+            downloads,
+            config.engine.max_adapters,
+            self._advertise,
+            retry_failed_s=config.adapters.retry_failed_s,
+        )
+        if config.adapters.pinned:
+            refresh_s = config.adapters.alias_refresh_s
+            names = Resolver(store, base, refresh_s)
+            # Serve runs this in the loop that it runs requests in.
+            self._pinning = asyncio.create_task(
+                keep_pinned(config.adapters.pinned, names, self._adapters, refresh_s), name="luthier-pinned"
+            )
         self._cancelled = 0
         self._gauges = EngineGauges(base.name)
         self._stopping = threading.Event()
@@ -124,6 +139,10 @@ class Replica:
                 "context_length_exceeded",
             )
         return asked or min(self._default_max_tokens, self._max_context - prompt)
+
+    async def prefetch(self, record: AdapterRecord) -> None:
+        """Load an adapter that requests are about to ask for. Raises as loading does."""
+        await self._adapters.prefetch(record)
 
     async def ready(self) -> bool:
         """Answers when this replica serves."""

@@ -1,21 +1,22 @@
 """`model` in a request → what answers: the base, or one version of an adapter. Aliases are live.
 
     base-name            the base, and nothing else
-    name, name@alias     looked up again when the last look is older than `refresh_s`
+    name, name@alias     looked up again when the last look is older than half of `refresh_s`
     name@7               a version never changes: looked up once
     base-name:name…      the same, for clients that want to say which base
 
-Store calls block, so they run in threads; however many requests ask at once, one look-up runs. What does not
-exist is remembered for `refresh_s` too, so that a stream of wrong names costs the store nothing, and a name just
-published is live within that time. While the store does not answer, the last known answer holds, and the log says so.
-An adapter of another base is refused, and the base never answers in an adapter's place.
+Store calls block, so they run in threads; however many requests ask at once, one look-up runs. What does not exist is
+remembered too, so that a stream of wrong names costs the store nothing, and a name just published is live within
+`refresh_s`. A version that an alias has moved to is prepared first (loaded by a replica) while the one before still
+answers, in the other half of `refresh_s`. While the store does not answer, the last known answer holds, and the log
+says so. An adapter of another base is refused, and the base never answers in an adapter's place.
 """
 
 import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -47,21 +48,34 @@ class ServedModel:
     adapter: AdapterRecord | None
 
 
+async def _nothing(_: object) -> None:
+    pass
+
+
 class _Remembered(Generic[Value]):
     """One looked-up value: at most one look-up runs, and its result, an error included, holds for a while."""
 
-    def __init__(self, look_up: Callable[[], Value], refresh_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        look_up: Callable[[], Value],
+        refresh_s: float,
+        clock: Callable[[], float],
+        prepare: Callable[[Value], Awaitable[None]] = _nothing,
+    ) -> None:
+        """`prepare` is awaited with a value that takes another one's place, for half of `refresh_s` at most."""
         self._look_up = look_up
-        self._refresh_s = refresh_s
+        self._patience_s = refresh_s / 2
         self._clock = clock
+        self._prepare = prepare
         self._running: asyncio.Task[None] | None = None
+        self._preparing: asyncio.Task[None] | None = None
         self._looked_at = -float("inf")
         self._value: Value | None = None
         self._error: LuthierError | None = None
 
     async def get(self) -> Value:
         """The value, at most `refresh_s` old. Raises what the look-up raised."""
-        if self._clock() - self._looked_at >= self._refresh_s:
+        if self._preparing is None and self._clock() - self._looked_at >= self._patience_s:
             if self._running is None:
                 self._running = asyncio.create_task(self._refresh())
             await asyncio.shield(self._running)
@@ -71,9 +85,14 @@ class _Remembered(Generic[Value]):
         return self._value
 
     async def _refresh(self) -> None:
-        began = self._clock()
+        before, began = self._looked_at, self._clock()
         try:
-            self._value, self._error = await asyncio.to_thread(self._look_up), None
+            value = await asyncio.to_thread(self._look_up)
+            left_s = before + 2 * self._patience_s - self._clock()
+            if self._value is not None and value != self._value and left_s > 0:
+                self._preparing = asyncio.create_task(self._change(value, left_s))
+            else:
+                self._value, self._error = value, None
         except StoreError as error:
             if self._value is None:
                 self._error = error
@@ -85,13 +104,30 @@ class _Remembered(Generic[Value]):
             self._looked_at = began
             self._running = None
 
+    async def _change(self, value: Value, left_s: float) -> None:
+        try:
+            async with asyncio.timeout(left_s):
+                await self._prepare(value)
+        except TimeoutError:
+            pass  # it is to be live now, prepared or not
+        finally:
+            self._value, self._error = value, None
+            self._preparing = None
+
 
 class Resolver:
     """What one served base answers for."""
 
     def __init__(
-        self, store: Store, base: BaseModelRef, refresh_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        store: Store,
+        base: BaseModelRef,
+        refresh_s: float,
+        prepare: Callable[[AdapterRecord], Awaitable[None]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`prepare` is called with a version that an alias has moved to, before it takes the other's place."""
+        self._prepare = prepare or _nothing
         self._store = store
         self._base = base
         self._refresh_s = refresh_s
@@ -135,7 +171,7 @@ class Resolver:
     def _remembered(self, reference: str) -> _Remembered[AdapterRecord]:
         found = self._names.get(reference)
         if found is None:
-            found = _Remembered(lambda: self._look_up(reference), self._refresh_s, self._clock)
+            found = _Remembered(lambda: self._look_up(reference), self._refresh_s, self._clock, self._prepare)
             self._names[reference] = found
         self._names.move_to_end(reference)
         while len(self._names) > _MAX_REMEMBERED:

@@ -38,11 +38,10 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         return [[by_id[each]] for each in rank(candidates, adapter)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:  # noqa: ARG002
-        """Count a call."""
+        """Count a call, or the adapter of a prefetch."""
         metadata = pending_request.metadata
-        call = next((each for each in pending_request.args if isinstance(each, Call)), None)
-        if call:
-            self._given[replica_id][metadata.internal_request_id] = tokens_of(call), metadata.multiplexed_model_id
+        tokens = sum(tokens_of(each) for each in pending_request.args if isinstance(each, Call))
+        self._given[replica_id][metadata.internal_request_id] = tokens, metadata.multiplexed_model_id
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """It has ended, whatever way."""

@@ -1,10 +1,10 @@
 """The queue in front of the engine, fair between adapters: nobody waits for ever behind another one's flood.
 
 Each flow (an adapter, or the bare base) has a counter of the tokens that were computed for it; the flow with the
-smallest goes first, and within a flow the first to come. This is the Virtual Token Counter of Sheng et al., "Fairness in
-Serving Large Language Models" (OSDI 2024, algorithm 2): of two flows that both always have requests waiting, neither gets
-ahead by more than twice the largest request, and no place is left free while anybody waits. A flow that comes back
-begins at the level of those that wait, so that it cannot save up what it did not use.
+smallest goes first, and within a flow the first to come. This is the Virtual Token Counter of Sheng et al., "Fairness
+in Serving Large Language Models" (OSDI 2024, algorithm 2): of two flows that both always have requests waiting, neither
+gets ahead by more than twice what fits into the engine at once, and no place is left free while anybody waits. A flow
+that comes back begins at the level of those that wait, so that it cannot save up what it did not use.
 """
 
 from collections import deque

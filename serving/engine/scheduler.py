@@ -4,9 +4,9 @@
 
 1. add      the caller; refuses what can never fit, and everything while `max_waiting` wait.
 2. admit    the adapter that was given least goes first (fairness.py), and its oldest request waits until a place and
-            *all* the blocks for its prompt and max_tokens are free. So nothing admitted ever runs out of memory, nothing
-            is pre-empted and nothing starves. The price is blocks reserved for tokens that may never come; pre-emption
-            would go here.
+            *all* the blocks for its prompt and max_tokens are free. So nothing admitted ever runs out of memory,
+            nothing is pre-empted and nothing starves. The price is blocks reserved for tokens that may never come;
+            pre-emption would go here.
 3. plan     each decoding sequence gets its one token; what is left of `max_batch_tokens` goes to prompts in order of
             arrival, each at most half of the whole while others want some. A long prompt is thus read in chunks,
             and delays a running stream by one bounded step, never by its whole length.
@@ -25,8 +25,8 @@ from serving.engine.kv import BlockAllocator, block_keys
 from serving.engine.protocol import GenerationRequest
 
 _SHARE_OF_ROOM = 2
-"""How many times the queue's free places one adapter may have waiting there: the dynamic threshold of Choudhury and Hahne
-(1998). One alone gets two thirds of the queue, several less each, and there is room for one that comes later."""
+"""How many times the queue's free places one adapter may have waiting there: the dynamic threshold of Choudhury and
+Hahne (1998). One alone gets two thirds of the queue, several less each, and there is room for one that comes later."""
 
 
 @dataclass(frozen=True)

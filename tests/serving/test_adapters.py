@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster import keys, registry
-from cluster.errors import AdapterRefused, ObjectDamaged, ObjectNotFound, Overloaded
+from cluster.errors import AdapterRefused, ObjectDamaged, ObjectNotFound, Overloaded, StoreUnreachable
 from cluster.folder import FolderStore
 from cluster.records import AdapterRecord, BaseModelRef
 from serving.adapters import SPARE_SLOTS, AdapterCache
@@ -77,7 +77,10 @@ class Bench:
         self.engine = MemoryEngine(max_adapters + SPARE_SLOTS)
         self.downloads = Downloads(root / "cache", self.store, max_bytes)
         self.changes = 0
-        self.cache = AdapterCache(self.engine, self.downloads, max_adapters, self._changed)
+        self.now = 0.0
+        self.cache = AdapterCache(
+            self.engine, self.downloads, max_adapters, self._changed, retry_failed_s=30, clock=lambda: self.now
+        )
 
     def _changed(self) -> None:
         self.changes += 1
@@ -226,19 +229,82 @@ def test_a_busy_adapter_cannot_starve_another(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_failed_load_tells_everyone_and_is_forgotten_and_gives_its_place_back(tmp_path: Path) -> None:
+def test_a_failed_load_tells_everyone_and_is_not_tried_again_at_once_and_gives_its_place_back(tmp_path: Path) -> None:
     bench = Bench(tmp_path, max_adapters=1)
     record = bench.publish("a")
     bench.engine.refused.add(record.digest)
 
-    async def main() -> None:
-        failed = await asyncio.gather(*(bench.touch(record) for _ in range(10)), return_exceptions=True)
+    async def fails(times: int) -> None:
+        failed = await asyncio.gather(*(bench.touch(record) for _ in range(times)), return_exceptions=True)
         assert {type(each) for each in failed} == {AdapterRefused}
-        assert bench.engine.loads[record.digest] == 1
+
+    async def main() -> None:
+        await fails(10)
         bench.engine.refused.clear()
+        bench.now = 29.0
+        await fails(10)
+        assert bench.engine.loads[record.digest] == 1
+        bench.now = 31.0
         async with asyncio.timeout(30):
             await bench.touch(record)
         assert bench.names() == ["a"]
+
+    asyncio.run(main())
+
+
+def test_a_store_that_was_away_is_asked_again_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = bench.publish("a")
+
+    def away(*_: object) -> None:
+        raise StoreUnreachable("the store is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderStore, "download", away)
+        with pytest.raises(StoreUnreachable):
+            asyncio.run(bench.touch(record))
+    asyncio.run(Bench.touch(bench, record))
+
+
+def test_what_is_pinned_is_never_evicted_until_another_is(bench: Bench) -> None:
+    old, new, b, c = (bench.publish(name) for name in ("old", "new", "b", "c"))
+
+    async def main() -> None:
+        await bench.cache.prefetch(old)
+        bench.cache.pin([old])
+        for each in (b, c, b, c):
+            await bench.touch(each)
+        assert bench.names() == ["old", "c"]
+        async with bench.use(c):  # the newcomer waits for it, and does not take the pinned one's place
+            newcomer = asyncio.create_task(bench.touch(b))
+            await settle()
+            assert bench.names() == ["old", "c"]
+        await newcomer
+        await bench.cache.prefetch(new)
+        bench.cache.pin([new])
+        await bench.touch(b)
+        await bench.touch(c)
+        assert bench.names() == ["new", "c"]
+
+    asyncio.run(main())
+    assert bench.engine.loads[old.digest] == bench.engine.loads[new.digest] == 1
+
+
+def test_a_load_whose_callers_all_left_is_advertised_only_if_it_is_there(bench: Bench) -> None:
+    record = bench.publish("a")
+
+    async def main() -> None:
+        gate = bench.engine.gates[record.digest] = asyncio.Event()
+        callers = [asyncio.create_task(bench.touch(record)) for _ in range(3)]
+        await until(lambda: record.digest in bench.engine.loading)
+        for each in callers:
+            each.cancel()
+        await settle()
+        assert bench.names() == []
+        bench.engine.refused.add(record.digest)
+        gate.set()
+        await settle()
+        assert bench.names() == []
+        assert bench.engine.loaded == set()
 
     asyncio.run(main())
 
@@ -343,6 +409,7 @@ def test_damaged_files_are_refused_and_fetched_anew_once_whole(bench: Bench) -> 
         asyncio.run(bench.touch(record))
     assert not (bench.root / "cache" / record.digest).exists()
     bench.file(record).write_bytes(good)
+    bench.now += 31
     asyncio.run(Bench.touch(bench, record))
 
 

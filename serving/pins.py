@@ -1,0 +1,41 @@
+"""Adapters that a replica is to hold whether anybody asks or not, by name: an alias that moves moves them.
+
+They are looked up as often as the ingress looks up names, so that a pinned adapter's new version is loaded about when
+the first request for it comes, and the old one stays until it is.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from cluster.errors import LuthierError
+from cluster.records import AdapterRecord
+from serving.adapters import AdapterCache
+from serving.resolver import Resolver
+
+_log = logging.getLogger(__name__)
+
+
+async def keep_pinned(names: Sequence[str], resolver: Resolver, adapters: AdapterCache, refresh_s: float) -> None:
+    """Until cancelled. What cannot be looked up or loaded is logged, once for each reason, and tried again."""
+    pinned: list[AdapterRecord] = []
+    said: set[str] = set()
+    while True:
+        wanted, failed = [], False
+        for name in names:
+            try:
+                record = await resolver.resolve(name)
+                if record is not None:
+                    await adapters.prefetch(record)
+                    wanted.append(record)
+            except LuthierError as error:
+                failed = True
+                if str(error) not in said:
+                    said.add(str(error))
+                    _log.warning("the pinned adapter %s is not loaded: %s", name, error)
+        if wanted != pinned:
+            adapters.pin(wanted)
+            pinned = wanted
+        if not failed:
+            said.clear()
+        await asyncio.sleep(refresh_s)
