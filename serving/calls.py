@@ -56,7 +56,8 @@ class ReplicaStatus:
     steps: int
     mixed_steps: int
     max_adapters_in_step: int
-    prompt_tokens: int
+    prompt_tokens: int  # computed
+    shared_tokens: int  # found in the prefix cache
     generated_tokens: int
     cancelled: int
     running: int

@@ -160,6 +160,7 @@ class Replica:
             mixed_steps=stats.mixed_steps,
             max_adapters_in_step=stats.max_adapters_in_step,
             prompt_tokens=stats.prompt_tokens,
+            shared_tokens=stats.shared_tokens,
             generated_tokens=stats.generated_tokens,
             cancelled=self._cancelled,
             running=stats.running,

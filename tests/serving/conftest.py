@@ -6,7 +6,7 @@ something different for every prompt and adapter and the best token stands clear
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import ray
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from ray import serve
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.gemma2 import Gemma2Config
@@ -297,6 +299,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]
         return made[architecture]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    """A private Ray on this machine; tests/conftest.py has set token authentication."""
+    with pytest.MonkeyPatch.context() as patch:
+        root = str(Path(__file__).parents[2])
+        patch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
+        )
+    yield
+    serve.shutdown()
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -80,5 +80,5 @@ def serving_config(model: ModelConfig, store: str, port: int, num_replicas: int 
         engine=EngineConfig(max_adapters=8, max_rank=8, kv_tokens=8192, max_batch_tokens=256, max_running=48),
         replicas=ReplicaConfig(min=num_replicas, max=num_replicas, drain_timeout_s=30.0, cpus=0.5),
         http=HttpConfig(port=port),
-        adapters=AdaptersConfig(alias_refresh_s=ALIAS_REFRESH_S),
+        adapters=AdaptersConfig(alias_refresh_s=ALIAS_REFRESH_S, retry_failed_s=1.0),
     )

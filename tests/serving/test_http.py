@@ -3,18 +3,14 @@
 import asyncio
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import ray
-from ray import serve
 
 from cluster import models, registry
 from cluster.folder import FolderStore
@@ -24,20 +20,6 @@ from serving import deploy
 from serving.protocol import choice_seed
 from tests.serving.conftest import NEAR_TIE, LoraRecipe, TinyModel, make_tokenizer
 from tests.serving.endpoint import APPLICATION, BASE, DEADLINE_S, NAMES, Served, free_port, poll, serving_config
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A private Ray on this machine; tests/conftest.py has set token authentication."""
-    with pytest.MonkeyPatch.context() as patch:
-        root = str(Path(__file__).parents[2])
-        patch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
-        ray.init(
-            address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
-        )
-    yield
-    serve.shutdown()
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -479,7 +461,11 @@ def test_a_damaged_adapter_is_an_error_of_its_own_and_hurts_nobody(served: Serve
     assert refused.status_code == 500
     assert refused.json()["error"]["code"] == "adapter_damaged"
     path.write_bytes(good)
-    assert post(served, "/chat/completions", chat_body(model="damaged@1")).status_code == 200
+
+    def answers() -> bool:  # once `retry_failed_s` is over
+        return post(served, "/chat/completions", chat_body(model="damaged@1")).status_code == 200
+
+    poll(answers, "the adapter is whole again")
 
 
 def test_an_adapter_that_the_engine_cannot_take_is_refused(served: Served) -> None:
