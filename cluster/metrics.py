@@ -36,6 +36,7 @@ ENGINE_STEPS = Metric("luthier_engine_steps_total", "counter", "Forward passes o
 MIXED_STEPS = Metric(
     "luthier_engine_mixed_steps_total", "counter", "Forward passes that held two or more adapters.", ("model",)
 )
+ADAPTER_LOADS = Metric("luthier_adapter_loads_total", "counter", "Adapters taken into engines.", ("model",))
 BATCH_ADAPTERS_MAX = Metric(
     "luthier_batch_adapters_max", "gauge", "Most adapters that one forward pass has held since the start.", ("model",)
 )

@@ -3,6 +3,7 @@
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import RequestRouter
 
 from cluster.records import BaseModelRef
 from serving.config import ServingConfig
@@ -20,8 +21,8 @@ _START_ATTEMPTS = 3
 """How often a replica may fail to start before the deployment has failed. Serve's 20 hide a wrong model for minutes."""
 
 
-def build(config: ServingConfig, base: BaseModelRef) -> Application:
-    """Bind the deployments. `base` is the pinned model that both sides speak of."""
+def build(config: ServingConfig, base: BaseModelRef, router: type[RequestRouter] = AdapterRouter) -> Application:
+    """Bind the deployments. `base` is the pinned model that both sides speak of; `router` sends calls to replicas."""
     replicas = config.replicas
     replica = serve.deployment(
         Replica,
@@ -35,7 +36,7 @@ def build(config: ServingConfig, base: BaseModelRef) -> Application:
             "upscale_delay_s": replicas.upscale_delay_s,
             "downscale_delay_s": replicas.downscale_delay_s,
         },
-        request_router_config=RequestRouterConfig(request_router_class=AdapterRouter),
+        request_router_config=RequestRouterConfig(request_router_class=router),
         max_surge_percent=replicas.max_surge_percent,
         graceful_shutdown_timeout_s=replicas.drain_timeout_s,
         max_constructor_retry_count=_START_ATTEMPTS,

@@ -56,6 +56,7 @@ class ReplicaStatus:
     steps: int
     mixed_steps: int
     max_adapters_in_step: int
+    adapter_loads: int
     prompt_tokens: int  # computed
     shared_tokens: int  # found in the prefix cache
     generated_tokens: int

@@ -159,6 +159,7 @@ class Replica:
             steps=stats.steps,
             mixed_steps=stats.mixed_steps,
             max_adapters_in_step=stats.max_adapters_in_step,
+            adapter_loads=stats.adapter_loads,
             prompt_tokens=stats.prompt_tokens,
             shared_tokens=stats.shared_tokens,
             generated_tokens=stats.generated_tokens,

@@ -57,3 +57,11 @@ def test_every_link_leads_somewhere(path: str) -> None:
 @pytest.mark.parametrize("script", sorted(set(re.findall(r"^    (scripts/\w+)", README, re.MULTILINE))))
 def test_every_script_exists(script: str) -> None:
     assert (ROOT / script).stat().st_mode & 0o111
+
+
+NAMED_TESTS = sorted(set(re.findall(r"`(test_\w+)`", (ROOT / "serving" / "README.md").read_text())))
+
+
+@pytest.mark.parametrize("name", NAMED_TESTS)
+def test_every_test_that_is_named_exists(name: str) -> None:
+    assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests" / "serving").glob("test_*.py"))

@@ -1,6 +1,6 @@
 """Serving: mixed adapters beside the base alone, beside vLLM, and beside peft.
 
-    scripts/bench serve [--json] [--rounds 3] [--quick]
+    scripts/bench serve [--json] [--rounds 3] [--quick] [--only engine|live]
 
 One random 19-million-parameter Qwen3 shape (workload.py), fp32, one process with one thread, greedy. Adapters adapt all
 linear layers, at ranks of 4, 8 and 16 in turn. A request has 64 tokens of prompt and gets 64; 32 requests are sent at
@@ -15,6 +15,14 @@ for the last:
     mixed_8_over_names   8 adapters in turn, ours against peft's own mixed batches (adapter_names)
     load_gap_over_median longest time between two tokens of 8 running streams while 16 adapters are read and loaded,
                          against the median; in milliseconds of the clock, with the thread and the loop of a replica
+
+And with Ray Serve around the engine (serve_live.py), a tiny model, in milliseconds or counts:
+
+    ingress_p50_ms       a request for one token over HTTP, against the same on an engine in the process; and p99
+    alias_live_s         from a moved alias to the last request that the old version answers, under 50 requests/s; and
+                         (as the peer) from the way back
+    zipf_…               four replicas of 16 places, one adapter with half of the traffic and 99 by Zipf's law: tokens
+                         of the busiest replica over the mean, and adapters loaded, against Serve's own router
 
 vLLM runs in .venv-vllm, which scripts/setup-vllm makes; without that, and with --quick, whose heads are too narrow for
 it, it is left out. It is compiled and warmed up. Prefix caches are off, since rounds repeat their prompts.
@@ -40,7 +48,7 @@ from safetensors.torch import save_file
 
 from cluster import env, logs
 from cluster.errors import LuthierError, RunFailed
-from scripts.benchmarks import workload
+from scripts.benchmarks import serve_live, workload
 from scripts.benchmarks.report import REPOSITORY, Measure, show
 from serving.engine.adapter import read_adapter
 from serving.engine.core import EngineCore
@@ -253,6 +261,17 @@ def measure(folder: Path, rounds: int, quick: bool) -> list[Measure]:
     return [*measures, Measure("load_gap_over_median", "ms", longest, middle)]
 
 
+def measure_live(folder: Path, rounds: int, quick: bool) -> list[Measure]:
+    """What stands around the engine, on a tiny model."""
+    model = folder / "small"
+    workload.write_model(model, workload.QUICK)
+    shapes = load_core(model, NativeOptions()).target.shapes
+    folders = [folder / f"small-{index}" for index in range(1 + serve_live.COLD)]
+    for index, each in enumerate(folders):
+        write_adapter(each, index, shapes)
+    return serve_live.measure(serve_live.Live(model, folders, folder), rounds, quick)
+
+
 def _measure(ours: Ours, peft: Peft, vllm: Vllm | None, rounds: int) -> list[Measure]:
     pairs: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {}
 
@@ -290,13 +309,18 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each contestant (default: 3)")
     parser.add_argument("--quick", action="store_true", help="one round of a tiny model: does it work at all?")
+    parser.add_argument(
+        "--only", nargs="+", choices=("engine", "live"), default=("engine", "live"), help="a part alone"
+    )
     given = parser.parse_args()
     if given.rounds < 1:
         parser.error("at least 1 round")
     try:
         with tempfile.TemporaryDirectory(prefix="luthier-bench-") as name:
             os.environ[env.LUTHIER_CACHE] = f"{name}/cache"
-            measures = measure(Path(name), 1 if given.quick else given.rounds, given.quick)
+            rounds = 1 if given.quick else given.rounds
+            measures = measure(Path(name), rounds, given.quick) if "engine" in given.only else []
+            measures += measure_live(Path(name), rounds, given.quick) if "live" in given.only else []
     except LuthierError as error:
         return logs.fail(error)
     show("Mixed adapters, one thread, fp32", measures, given.json)

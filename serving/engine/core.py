@@ -88,6 +88,7 @@ class EngineCore:
         if adapter.digest not in self._model.table.adapters:
             self._model.table.load(adapter)
             self._loads[adapter.digest] += 1
+            self._stats = replace(self._stats, adapter_loads=self._stats.adapter_loads + 1)
         return True
 
     def unload(self, digest: str) -> bool:

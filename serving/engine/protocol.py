@@ -94,7 +94,7 @@ class TokenEvent:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counters since the start (requests … max_adapters_in_step) and the state right now (the rest)."""
+    """Counters since the start (requests … adapter_loads) and the state right now (the rest)."""
 
     requests: int = 0
     steps: int = 0
@@ -103,6 +103,7 @@ class EngineStats:
     generated_tokens: int = 0
     mixed_steps: int = 0  # forward passes that held two or more distinct adapters
     max_adapters_in_step: int = 0
+    adapter_loads: int = 0
     running: int = 0
     waiting: int = 0
     kv_blocks_used: int = 0

@@ -1,0 +1,223 @@
+"""The serving side as a whole, on a Ray of its own: what HTTP costs, where traffic goes, how soon a release is live.
+
+Small models, because what is measured is everything around the engine.
+"""
+
+import asyncio
+import os
+import random
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from pathlib import Path
+from statistics import median, quantiles
+
+import httpx
+import ray
+from ray import serve
+from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
+from ray.serve.request_router import RequestRouter
+
+from cluster import models, registry
+from cluster.folder import FolderStore
+from cluster.models import ModelConfig
+from cluster.records import BaseModelRef
+from scripts.benchmarks.report import REPOSITORY, Measure
+from serving import deploy
+from serving.app import build
+from serving.calls import ReplicaStatus
+from serving.config import AdaptersConfig, EngineConfig, HttpConfig, ReplicaConfig, ServingConfig
+from serving.engine.native import NativeEngine, NativeOptions
+from serving.engine.protocol import GenerationRequest, SamplingParams
+from serving.router import AdapterRouter
+
+NAME, BASE = "bench", "base"
+COLD = 99
+REPLICAS = 4
+AT_ONCE = 24
+PLACES = 16
+PROMPT, NEW = 16, 16
+DEADLINE_S = 180.0
+
+
+class Live:
+    """A store with adapters of one model, and the applications that are made of it, one after the other."""
+
+    def __init__(self, model: Path, folders: Sequence[Path], root: Path) -> None:
+        self.model = model
+        self.store = FolderStore(root / "store")
+        self.config = ModelConfig(name=BASE, source=str(model), licence="apache-2.0", dtype="fp32")
+        self.base: BaseModelRef = models.pin(self.config, self.store)
+        self.names = [f"a{index}" for index in range(len(folders))]
+        for name, folder in zip(self.names, folders, strict=True):
+            registry.publish(self.store, name, folder, self.base, "bench", 1)
+            registry.set_alias(self.store, name, registry.STABLE, 1, "bench")
+        registry.publish(self.store, self.names[0], folders[1], self.base, "bench", 2)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = int(free.getsockname()[1])
+
+    @contextmanager
+    def served(self, replicas: int, router: type[RequestRouter] = AdapterRouter) -> Iterator[str]:
+        """The endpoint's address, while it is there."""
+        config = ServingConfig(
+            name=NAME,
+            model=self.config,
+            store=self.store.url,
+            engine=EngineConfig(max_adapters=PLACES, max_rank=16, kv_tokens=8192, max_batch_tokens=256),
+            replicas=ReplicaConfig(min=replicas, max=replicas, cpus=0.1),
+            http=HttpConfig(port=self.port),
+            adapters=AdaptersConfig(),
+        )
+        serve.start(http_options={"host": config.http.host, "port": config.http.port})
+        serve.run(build(config, self.base, router), name=NAME, route_prefix="/")
+        try:
+            yield f"http://127.0.0.1:{self.port}/v1"
+        finally:
+            serve.delete(NAME)
+
+    def replicas(self) -> list[ReplicaStatus]:
+        return deploy.status(NAME)[1]
+
+
+@contextmanager
+def private_ray() -> Iterator[None]:
+    """A Ray of this process alone."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+    try:
+        yield
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def measure(live: Live, rounds: int, quick: bool) -> list[Measure]:
+    """Everything that needs an application."""
+    few = 20 if quick else 300
+    with private_ray():
+        with live.served(1) as url:
+            over_http = [asyncio.run(http_latencies(url, live.names[1], few)) for _ in range(rounds)]
+            alone = [asyncio.run(engine_latencies(live, few)) for _ in range(rounds)]
+            moves = [asyncio.run(moves_live(url, live)) for _ in range(rounds)]
+        traffic = 60 if quick else 3_000
+        ours: list[tuple[float, float]] = []
+        theirs: list[tuple[float, float]] = []
+        for index in range(rounds):
+            for router, found in ((AdapterRouter, ours), (PowerOfTwoChoicesRequestRouter, theirs)):
+                with live.served(REPLICAS, router) as url:
+                    found.append(asyncio.run(zipf(url, live, traffic, seed=index)))
+    return [
+        Measure("ingress_p50_ms", "ms", [median(each) for each in over_http], [median(each) for each in alone]),
+        Measure("ingress_p99_ms", "ms", [_p99(each) for each in over_http], [_p99(each) for each in alone]),
+        Measure("alias_live_s", "s", [release for release, _ in moves], [back for _, back in moves]),
+        Measure("zipf_max_over_mean", "", [each for each, _ in ours], [each for each, _ in theirs]),
+        Measure("zipf_cold_loads_over_serve", "loads", [each for _, each in ours], [each for _, each in theirs]),
+    ]
+
+
+async def http_latencies(url: str, model: str, count: int) -> list[float]:
+    """Milliseconds of requests for one token each, one after the other, over one connection."""
+    body = {"model": model, "prompt": [300] * PROMPT, "max_tokens": 1, "temperature": 0}
+    found = []
+    async with httpx.AsyncClient(timeout=DEADLINE_S) as client:
+        for index in range(-5, count):
+            began = time.perf_counter()
+            answer = await client.post(f"{url}/completions", json=body)
+            answer.raise_for_status()
+            if index >= 0:
+                found.append(1e3 * (time.perf_counter() - began))
+    return found
+
+
+async def engine_latencies(live: Live, count: int) -> list[float]:
+    """The same requests on an engine in this process."""
+    engine = NativeEngine(live.model, NativeOptions(num_threads=1))
+    engine.start()
+    found = []
+    try:
+        for index in range(-5, count):
+            began = time.perf_counter()
+            params = SamplingParams(max_tokens=1, temperature=0)
+            async for _ in engine.submit(GenerationRequest(str(index), [300] * PROMPT, None, params)):
+                pass
+            if index >= 0:
+                found.append(1e3 * (time.perf_counter() - began))
+    finally:
+        engine.stop()
+    return found
+
+
+async def moves_live(url: str, live: Live) -> tuple[float, float]:
+    """Seconds from an alias's move to the last answer of the version before, under 50 requests/s; and of its way back.
+
+    Raises what a request that fails raises: no error is allowed.
+    """
+    name = live.names[0]
+    seen: list[tuple[float, str]] = []
+    body = {"model": name, "prompt": [300] * PROMPT, "max_tokens": 4, "temperature": 0}
+    over = asyncio.Event()
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        asked_at = time.monotonic()
+        answer = await client.post(f"{url}/completions", json=body)
+        answer.raise_for_status()
+        seen.append((asked_at, answer.headers["x-luthier-adapter"]))
+
+    async def traffic() -> None:
+        async with httpx.AsyncClient(timeout=DEADLINE_S) as client, asyncio.TaskGroup() as group:
+            while not over.is_set():
+                group.create_task(ask(client))
+                await asyncio.sleep(0.02)
+
+    async def move(version: int) -> float:
+        moved_at = time.monotonic()
+        await asyncio.to_thread(registry.set_alias, live.store, name, registry.STABLE, version, "bench")
+        await asyncio.sleep(4)
+        before = [at for at, answered in seen if answered != f"{name}@{version}"]
+        assert seen[-1][1] == f"{name}@{version}", f"{seen[-1]} four seconds after the move"
+        return max(before) - moved_at
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(traffic())
+        await asyncio.sleep(2)
+        found = await move(2), await move(1)
+        over.set()
+    return found
+
+
+async def zipf(url: str, live: Live, requests: int, seed: int) -> tuple[float, float]:
+    """One hot adapter that gets half of all requests, and COLD ones by Zipf's law.
+
+    Returns the busiest replica's tokens over the mean of all, and how many adapters were loaded.
+    """
+    chance = random.Random(seed)
+    names = live.names[: COLD + 1]
+    weights = list(accumulate([0.5, *(0.5 / rank / _harmonic(len(names) - 1) for rank in range(1, len(names)))]))
+    before = live.replicas()
+    left = iter(range(requests))
+
+    async def client_loop(client: httpx.AsyncClient) -> None:
+        for _ in left:
+            body = {"model": chance.choices(names, cum_weights=weights)[0], "max_tokens": NEW, "temperature": 0}
+            prompt = [chance.randrange(300, 6_000) for _ in range(PROMPT)]
+            (await client.post(f"{url}/completions", json={**body, "prompt": prompt})).raise_for_status()
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(timeout=DEADLINE_S, limits=limits) as client, asyncio.TaskGroup() as group:
+        for _ in range(AT_ONCE):
+            group.create_task(client_loop(client))
+    after = live.replicas()
+    tokens = [each.generated_tokens + each.prompt_tokens for each in after]
+    loads = sum(each.adapter_loads for each in after) - sum(each.adapter_loads for each in before)
+    return max(tokens) / (sum(tokens) / len(tokens)), float(loads)
+
+
+def _p99(figures: list[float]) -> float:
+    return quantiles(figures, n=100)[98]
+
+
+def _harmonic(count: int) -> float:
+    return sum(1 / rank for rank in range(1, count + 1))
