@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 ADAPTER = np.dtype([("a", np.uint64), ("b", np.uint64), ("rank", np.int64)])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Groups:
     """Rows by adapter: group g has rows[starts[g] : starts[g + 1]] and the adapter of slots[g]; all int64, contiguous.
 
@@ -44,6 +44,14 @@ class Groups:
     starts: npt.NDArray[np.int64]
     rows: npt.NDArray[np.int64]
     largest: int
+    low: npt.NDArray[np.float32] = field(init=False)
+
+    @functools.cached_property
+    def arguments(self) -> tuple[int, ...]:
+        """As the kernel takes them, once for all layers of a step: numpy takes a microsecond for an address."""
+        self.low = np.empty(self.largest, np.float32)  # room to work in
+        places = (self.slots, self.starts, self.rows, self.low)
+        return len(self.slots), *(each.ctypes.data for each in places)
 
 
 def are_usable(device: torch.device, dtype: torch.dtype) -> bool:
@@ -88,20 +96,17 @@ def attend(
     return out
 
 
-def update(out: torch.Tensor, x: torch.Tensor, adapters: npt.NDArray[np.void], groups: Groups) -> None:
+def update(out: torch.Tensor, x: torch.Tensor, adapters: int, groups: Groups) -> None:
     """Add the low-rank updates of many adapters to their rows, in place.
 
     Args:
-        out, x: [rows, out_features] and [rows, in_features], float32, contiguous.
-        adapters: ADAPTER [slots], the layer's.
+        out, x: [1, rows, out_features] and [1, rows, in_features], float32; out is contiguous.
+        adapters: the address of the layer's ADAPTER [slots].
     """
     kernels = library()
     assert kernels is not None, "ask are_usable first"
-    low = x.new_empty(groups.largest)
-    kernels.update(
-        out.data_ptr(), x.data_ptr(), x.shape[1], out.shape[1], adapters.ctypes.data, len(groups.slots),
-        groups.slots.ctypes.data, groups.starts.ctypes.data, groups.rows.ctypes.data, low.data_ptr(),
-    )  # fmt: skip
+    x = x.contiguous()
+    kernels.update(out.data_ptr(), x.data_ptr(), x.shape[-1], out.shape[-1], adapters, *groups.arguments)
 
 
 @functools.cache

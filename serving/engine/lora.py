@@ -200,6 +200,7 @@ class MixedLoraLinear(nn.Module):
         self._path = path
         self._table = table
         self._slots = np.zeros(table.max_adapters, kernels.ADAPTER)
+        self._address: int = self._slots.ctypes.data
         # This layer's part of each shelf: a [S, r, in] and b [S, r, out], S the places there is room for. None: nothing
         # on the shelf adapts this layer.
         self._shelves: dict[Shelf, LoraPair] = {}
@@ -209,7 +210,7 @@ class MixedLoraLinear(nn.Module):
         """`x` [1, T, in] → [1, T, out], with T the rows given to LoraTable.assign."""
         output = linear(x, self.base.weight, self.base.bias)
         if self._table.groups is not None:
-            kernels.update(output[0], x[0].contiguous(), self._slots, self._table.groups)
+            kernels.update(output, x, self._address, self._table.groups)
         for shelf in self._table.shelves:
             stack, layout, places = self._shelves.get(shelf), shelf.layout, len(shelf.places)
             if stack is not None and layout is not None:
