@@ -103,7 +103,7 @@ class Ours:
             NativeOptions(
                 kv_tokens=64 * 1024,
                 max_running=MANY,
-                max_waiting=MANY,
+                max_waiting=2 * MANY,  # one alone gets two thirds
                 max_adapters=MANY,
                 prefix_cache=False,
                 num_threads=1,
