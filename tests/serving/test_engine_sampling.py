@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -22,6 +24,10 @@ from transformers import (
 from cluster.errors import InvalidRequest
 from serving.engine.protocol import SamplingParams
 from serving.engine.sampling import Choice, Shaping, choose, draw, filtered, new_generator
+from tests.serving.conftest import Expected, make_tokenizer
+
+if TYPE_CHECKING:
+    from tests.serving.conftest import CoreDriver, LoraRecipe, TinyModel
 
 
 def logits_of(seed: int, size: int = 50) -> torch.Tensor:
@@ -79,6 +85,96 @@ def test_what_stands_before_the_temperature_is_transformers_and_openais(
         assert torch.equal(logits, given_)
         if place < len(generated):
             ours.advance(generated[place])
+
+
+class OpenAIPenalties(LogitsProcessor):
+    """OpenAI's formula for `generate`."""
+
+    def __init__(self, prompt: int, presence: float, frequency: float) -> None:
+        self.prompt, self.presence, self.frequency = prompt, presence, frequency
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        counts = torch.zeros_like(scores)
+        for token_id in input_ids[0, self.prompt :].tolist():
+            counts[0, token_id] += 1
+        return scores - counts * self.frequency - (counts > 0) * self.presence
+
+
+EOS = 1  # of the tiny models
+
+# What is asked of us, and of `generate`. A bias of 100 makes the end of the sequence the best token at once.
+WISHES: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+    ({}, {}),
+    ({"repetition_penalty": 1.8}, {"repetition_penalty": 1.8}),
+    ({"repetition_penalty": 0.6}, {"repetition_penalty": 0.6}),
+    ({"presence_penalty": 2.0, "frequency_penalty": 1.0}, {"presence": 2.0, "frequency": 1.0}),
+    ({"presence_penalty": -2.0, "frequency_penalty": -1.5}, {"presence": -2.0, "frequency": -1.5}),
+    ({"logit_bias": ((EOS, 100.0),)}, {"sequence_bias": [[[EOS], 100.0]]}),
+    ({"logit_bias": ((EOS, 100.0),), "min_tokens": 6}, {"sequence_bias": [[[EOS], 100.0]], "min_new_tokens": 6}),
+    ({"logit_bias": ((EOS, 100.0), (9, 60.0)), "ignore_eos": True}, {"sequence_bias": [[[EOS], 100.0], [[9], 60.0]]}),
+    (
+        {"logit_bias": ((40, 3.0),), "repetition_penalty": 1.3, "frequency_penalty": 0.7, "min_tokens": 12},
+        {"sequence_bias": [[[40], 3.0]], "repetition_penalty": 1.3, "frequency": 0.7, "min_new_tokens": 12},
+    ),
+)
+
+
+def generated(
+    model: TinyModel, recipe: LoraRecipe | None, prompt: list[int], wishes: dict[str, Any], ends: bool
+) -> Expected:
+    """What `generate` answers with the same processors, and by how much each token beat the second best."""
+    wishes = dict(wishes)
+    penalties = OpenAIPenalties(len(prompt), wishes.pop("presence", 0.0), wishes.pop("frequency", 0.0))
+    with torch.inference_mode():
+        output = model.reference(recipe).generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=EOS if ends else -1,
+            return_dict_in_generate=True,
+            output_scores=True,
+            logits_processor=LogitsProcessorList([penalties]),
+            **wishes,
+        )
+    best = [scores[0].topk(2).values for scores in output.scores]
+    return Expected(output.sequences[0, len(prompt) :].tolist(), [float(two[0] - two[1]) for two in best])
+
+
+def test_mixed_wishes_and_adapters_answer_as_generate_does(
+    tiny: Callable[[str], TinyModel], drive: Callable[..., CoreDriver], recipes: tuple[LoraRecipe, ...]
+) -> None:
+    model = tiny("llama")
+    driver = drive(model)
+    driver.load(recipes[1])
+    cases = [(asked, theirs, recipe) for asked, theirs in WISHES for recipe in (None, recipes[1])]
+    for index, (asked, _, recipe) in enumerate(cases):
+        params = SamplingParams(max_tokens=12, temperature=0, **asked)
+        driver.add(f"{index}", model.prompt(index // 2, 9), model.digest(recipe), params)
+    driver.run()
+    lengths = set()
+    for index, (asked, theirs, recipe) in enumerate(cases):
+        ends = not asked.get("ignore_eos")
+        expected = generated(model, recipe, model.prompt(index // 2, 9), theirs, ends)
+        expected.check(driver.tokens(f"{index}"))
+        assert driver.finish(f"{index}") == ("stop" if ends and expected.tokens[-1] == EOS else "length")
+        lengths.add(len(expected.tokens))
+    assert {1, 7, 12} <= lengths, "at once, after min_tokens, and never"
+
+
+def test_min_tokens_puts_off_stop_strings_too(
+    tiny: Callable[[str], TinyModel], drive: Callable[..., CoreDriver]
+) -> None:
+    driver = drive(tiny("llama"))
+    token_id = make_tokenizer().convert_tokens_to_ids("z")
+    for min_tokens in (0, 5):
+        params = SamplingParams(
+            max_tokens=12, temperature=0, logit_bias=((token_id, 100.0),), min_tokens=min_tokens, stop=("zz",)
+        )
+        driver.add(f"{min_tokens}", [5], None, params)
+    driver.run()
+    assert [driver.text("0"), driver.text("5")] == ["", "zzzz"]  # the sixth z completes one
+    assert [driver.finish("0"), driver.finish("5")] == ["stop", "stop"]
 
 
 class Operations(TorchDispatchMode):
