@@ -29,7 +29,14 @@ from cluster.errors import (
     UnknownModel,
 )
 from serving.calls import Message, Prompt
-from serving.engine.protocol import MAX_LOGPROBS, SamplingParams
+from serving.engine.protocol import (
+    MAX_BIAS,
+    MAX_LOGPROBS,
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    SamplingParams,
+)
+from serving.structured import ResponseFormat, StructuredOutputs
 
 MAX_CHOICES = 128
 """Answers of one request: prompts × n. OpenAI's own limit for n."""
@@ -41,10 +48,6 @@ COMPLETION_MAX_TOKENS = 16
 
 # What OpenAI's API has and we have not: the values that mean "off", which are the only ones accepted.
 _OFF: dict[str, tuple[object, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none",),
     "functions": ([],),
@@ -62,6 +65,10 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+TokenId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,8})$")]  # JSON's keys are strings
+Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+
+
 class StreamOptions(_Body):
     include_usage: bool = False
 
@@ -76,6 +83,15 @@ class _Sampling(_Body):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     seed: int | None = None
+    presence_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-MAX_PENALTY, le=MAX_PENALTY)] = 0.0
+    logit_bias: dict[TokenId, Bias] = Field(default_factory=dict)
+    response_format: ResponseFormat | None = None
+    # Not OpenAI's, but vLLM's, and so common:
+    repetition_penalty: Annotated[float, Field(ge=1 / MAX_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)] = 1.0
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    ignore_eos: bool = False
+    structured_outputs: StructuredOutputs | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None  # OpenAI's note of who asks; it never changes an answer
@@ -94,15 +110,29 @@ class _Sampling(_Body):
             raise ValueError("stream_options needs stream: true")
         return self
 
+    @model_validator(mode="after")
+    def _asks_for_one_form(self) -> Self:
+        if self.structured_outputs is not None and self.response_format and self.response_format.wanted:
+            raise ValueError("structured_outputs and response_format both say what to answer; give one of them")
+        return self
+
     def _params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        form = self.structured_outputs or self.response_format
         return SamplingParams(
-            max_tokens=max_tokens or COMPLETION_MAX_TOKENS,
+            max_tokens=max_tokens or max(COMPLETION_MAX_TOKENS, self.min_tokens),
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=max(self.top_k, 0),
             stop=self.stop,
             seed=self.seed,
             logprobs=logprobs,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            logit_bias=tuple((int(token_id), bias) for token_id, bias in self.logit_bias.items()),
+            grammar=form.wanted if form is not None else None,
         )
 
 

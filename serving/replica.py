@@ -2,7 +2,8 @@
 
 A request runs through it like this, and whatever way it ends the engine's memory and the adapter are free again:
 
-    encode ▸ check the length ▸ hold the adapter ▸ submit all choices, or none ▸ Accepted ▸ events … ▸ release
+    encode ▸ check the length, compile a grammar ▸ hold the adapter ▸ submit all choices, or none ▸ Accepted ▸ events …
+    ▸ release
 
 Serve cancels the generator when the client goes away; that is the only signal, and `finally` acts on it.
 """
@@ -94,6 +95,8 @@ class Replica:
         loop = asyncio.get_running_loop()
         prompts = [await loop.run_in_executor(self._encoder, self._prompts.encode, each) for each in call.prompts]
         requests = self._requests(call, prompts)
+        if call.params.grammar is not None:
+            await loop.run_in_executor(self._encoder, self._engine.compile, call.params.grammar)
         async with AsyncExitStack() as stack:
             if call.adapter is not None:
                 await stack.enter_async_context(self._adapters.hold(call.adapter))

@@ -12,6 +12,7 @@
     lora        linear layers that mix adapters row by row
     kernels     the two products of decode that torch has no fast way for on a CPU (kernels.c)
     sampling    logits → token        text    tokens → text that may be shown
+    grammar     which tokens may follow in an answer that must be JSON, or match a pattern
 
 Import what you need from its module; this package imports nothing, so that protocol stays free of torch.
 """

@@ -12,16 +12,17 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cluster.errors import RequestError, UnknownModel
+from cluster.errors import InvalidRequest, RequestError, UnknownModel
 from serving.engine.adapter import Adapter, Target
+from serving.engine.grammar import Grammars
 from serving.engine.model import PackedModel
 from serving.engine.protocol import EngineStats, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
-from serving.engine.sampling import Choice, choose, new_generator
+from serving.engine.sampling import Choice, Shaping, choose, new_generator
 from serving.engine.scheduler import Chunk, Scheduler, Sequence
 from serving.engine.text import TextStream
 
 Event = tuple[str, TokenEvent]  # request id and what happened to it
-Picks = list[Choice | None]  # one for each chunk that samples, in the chunks' order; None: the logits were not finite
+Picks = list[Choice | None]  # one for each chunk that samples, in the chunks' order; None: no token can be chosen
 
 
 @dataclass
@@ -31,6 +32,7 @@ class _Live:
     sequence: Sequence
     generator: torch.Generator
     text: TextStream
+    shaping: Shaping | None
 
 
 class EngineCore:
@@ -39,6 +41,7 @@ class EngineCore:
     def __init__(self, model: PackedModel, scheduler: Scheduler) -> None:
         self._model = model
         self._scheduler = scheduler
+        self.grammars = Grammars(model.tokenizer, model.facts.vocabulary, model.facts.eos_ids)
         self._live: dict[str, _Live] = {}
         self._retiring: set[str] = set()
         self._loads: Counter[str] = Counter()  # of each digest
@@ -69,11 +72,12 @@ class EngineCore:
             raise RequestError(f"prompt token {stray} is not in the model's vocabulary of {vocabulary}")
         if request.adapter is not None and not self._is_servable(request.adapter):
             raise UnknownModel(f"adapter {request.adapter} is not loaded in this engine; load it first")
+        shaping = self._shaping(request) if Shaping.is_wanted(request.params) else None
         loaded = f"{request.adapter} {self._loads[request.adapter]}" if request.adapter is not None else ""
         sequence = Sequence(request, weights=loaded)
         self._scheduler.add(sequence)
         text = TextStream(self._model.decode, request.params.stop)
-        self._live[request.id] = _Live(sequence, new_generator(request.params.seed), text)
+        self._live[request.id] = _Live(sequence, new_generator(request.params.seed), text, shaping)
         self._stats = replace(self._stats, requests=self._stats.requests + 1)
 
     def cancel(self, request_id: str) -> None:
@@ -117,9 +121,16 @@ class EngineCore:
         """The forward pass, and a choice for every chunk that samples."""
         logits = self._model.forward(chunks)
         sampling = [self._live[chunk.sequence.request.id] for chunk in chunks if chunk.samples]
-        return choose(
-            logits, [each.sequence.request.params for each in sampling], [each.generator for each in sampling]
+        picks = choose(
+            logits,
+            [each.sequence.request.params for each in sampling],
+            [each.generator for each in sampling],
+            [each.shaping for each in sampling],
         )
+        for live, choice in zip(sampling, picks, strict=True):
+            if live.shaping is not None and choice is not None:
+                live.shaping.advance(choice.token_id)
+        return picks
 
     def commit(self, chunks: list[Chunk], picks: Picks) -> list[Event]:
         """Book a step's results: tokens, text, ends."""
@@ -132,11 +143,11 @@ class EngineCore:
             if choice is not None or not chunk.samples:
                 self._scheduler.advance(chunk)
             if chunk.samples:
+                live = self._live[sequence.request.id]
                 if choice is None:
-                    reason = f"the model's logits are not finite with adapter {sequence.request.adapter or '(none)'}"
-                    events.append(self._end(sequence, "error", reason))
+                    events.append(self._end(sequence, "error", _why_no_token(live)))
                 else:
-                    events.append(self._token(self._live[sequence.request.id], choice))
+                    events.append(self._token(live, choice))
         return events
 
     def fail(self, chunks: list[Chunk], error: Exception) -> list[Event]:
@@ -163,16 +174,30 @@ class EngineCore:
     def _is_servable(self, digest: str) -> bool:
         return digest in self._model.table.adapters and digest not in self._retiring
 
+    def _shaping(self, request: GenerationRequest) -> Shaping:
+        params, facts = request.params, self._model.facts
+        stray = next((token for token, _ in params.logit_bias if not 0 <= token < facts.vocabulary), None)
+        if stray is not None:
+            raise InvalidRequest(
+                f"logit_bias has token {stray}, which is not in the model's vocabulary of {facts.vocabulary}",
+                "logit_bias",
+            )
+        matcher = self.grammars.matcher(params.grammar) if params.grammar is not None else None
+        return Shaping(params, request.prompt_ids, facts.eos_ids, matcher)
+
     def _token(self, live: _Live, choice: Choice) -> Event:
         sequence, params = live.sequence, live.sequence.request.params
         sequence.tokens.append(choice.token_id)
         reason: FinishReason | None = None
-        if choice.token_id in self._model.facts.eos_ids:
+        ends = not params.ignore_eos or params.grammar is not None
+        if ends and choice.token_id in self._model.facts.eos_ids:
             text, reason = live.text.flush(), "stop"
         else:
-            text = live.text.push(choice.token_id)
+            text = live.text.push(choice.token_id, may_stop=sequence.num_generated > params.min_tokens)
             if live.text.is_stopped:
                 reason = "stop"
+            elif live.shaping is not None and live.shaping.is_complete:
+                text, reason = text + live.text.flush(), "stop"
             elif sequence.num_generated >= params.max_tokens:
                 text, reason = text + live.text.flush(), "length"
         if reason is not None:
@@ -209,3 +234,9 @@ class EngineCore:
             mixed_steps=self._stats.mixed_steps + (len(adapters) > 1),
             max_adapters_in_step=max(self._stats.max_adapters_in_step, len(adapters)),
         )
+
+
+def _why_no_token(live: _Live) -> str:
+    if live.shaping is not None and live.shaping.error is not None:
+        return f"the grammar leaves no token: {live.shaping.error}"
+    return f"the model's logits are not finite with adapter {live.sequence.request.adapter or '(none)'}"

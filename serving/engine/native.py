@@ -22,7 +22,7 @@ from serving.engine.kv import BlockAllocator
 from serving.engine.lora import LoraTable
 from serving.engine.model import PackedModel
 from serving.engine.pace import Pace
-from serving.engine.protocol import EngineStats, GenerationRequest, TokenEvent
+from serving.engine.protocol import EngineStats, GenerationRequest, Grammar, TokenEvent
 from serving.engine.scheduler import Limits, Scheduler
 
 _log = logging.getLogger(__name__)
@@ -84,6 +84,12 @@ class NativeEngine:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
+
+    def compile(self, grammar: Grammar) -> None:
+        """Beside the loop: the lock is not held meanwhile. See Engine.compile."""
+        with self._wake:
+            grammars = self._serving_core().grammars
+        grammars.compile(grammar)
 
     def submit(self, request: GenerationRequest) -> "_Stream":
         """Queue a request and return its stream; see Engine.submit for the errors."""

@@ -7,25 +7,47 @@ torch, so the HTTP side can build requests with it.
 
 import math
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from cluster.errors import RequestError
+from cluster.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
+MAX_BIAS = 100.0
+MAX_PENALTY = 2.0  # presence and frequency, either way
+MAX_REPETITION_PENALTY = 1000.0  # and no less than one through it: further out, float32 logits overflow
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+GrammarKind = Literal["json_schema", "regex", "choice", "lark"]
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What the whole answer must be: `text` is a JSON schema, a regular expression, a JSON list of strings of which it
+    is one, or a grammar in Lark's notation. `param` is the request's parameter that asked for it, for messages.
+    """
+
+    kind: GrammarKind
+    text: str
+    param: str = field(default="grammar", compare=False)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. Raises RequestError, naming the value and its range, when built with a bad one.
+    """How to choose tokens. Raises InvalidRequest, naming the value and its range, when built with a bad one.
 
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `stop` strings end the text and are not part of it.
     `seed` makes the draws repeatable whatever else is in the batch (taken modulo 2**63); None draws a fresh one.
     `logprobs` is the number of alternatives to report beside the chosen token's own; None reports nothing.
     OpenAI's `n` is not here: each choice is a request of its own.
+
+    `logit_bias` is added to the logits of its tokens. `repetition_penalty` divides what is positive and multiplies what
+    is negative of the tokens of prompt and answer (as in transformers; 1 is off). `presence_penalty` is taken off the
+    tokens of the answer once, `frequency_penalty` as often as the answer has them (as in OpenAI's API).
+    None of the first `min_tokens` tokens ends the sequence or completes a stop string. `ignore_eos` goes on after the
+    end of the sequence, up to `max_tokens`. A `grammar` leaves only tokens by which the answer can still belong to it,
+    and ends it when nothing may follow, whatever min_tokens and ignore_eos say.
     """
 
     max_tokens: int = 16
@@ -35,6 +57,13 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, bias)
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         checks = (
@@ -49,10 +78,30 @@ class SamplingParams:
                 self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
                 f"0 to {MAX_LOGPROBS}",
             ),
+            ("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= MAX_PENALTY, "-2 to 2"),
+            ("frequency_penalty", self.frequency_penalty, abs(self.frequency_penalty) <= MAX_PENALTY, "-2 to 2"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                1 / MAX_REPETITION_PENALTY <= self.repetition_penalty <= MAX_REPETITION_PENALTY,
+                f"{1 / MAX_REPETITION_PENALTY:g} to {MAX_REPETITION_PENALTY:g} (1 is off)",
+            ),
+            (
+                "min_tokens",
+                self.min_tokens,
+                0 <= self.min_tokens <= self.max_tokens,
+                f"0 to max_tokens, which is {self.max_tokens}",
+            ),
+            (
+                "logit_bias",
+                dict(self.logit_bias),
+                all(abs(bias) <= MAX_BIAS for _, bias in self.logit_bias),
+                "biases of -100 to 100",
+            ),
         )
         for name, value, is_good, wanted in checks:
             if not is_good:
-                raise RequestError(f"{name} is {value!r}; it must be {wanted}")
+                raise InvalidRequest(f"{name} is {value!r}; it must be {wanted}", name)
 
 
 @dataclass(frozen=True)
@@ -126,13 +175,17 @@ class TokenStream(Protocol):
 
 
 class Engine(Protocol):
-    """What the replica needs of an engine. Everything but start and stop is for use inside an asyncio loop."""
+    """What the replica needs of an engine. Everything but start, stop and compile is for an asyncio loop."""
 
     def start(self) -> None:
         """Load the base model and begin to serve; blocks until ready. Raises ModelError."""
 
     def stop(self) -> None:
         """End every stream with an error event and free the model. Blocks; a second call does nothing."""
+
+    def compile(self, grammar: Grammar) -> None:
+        """Make a grammar ready, so that `submit` finds it so. Takes up to a second: call it in a thread of its own.
+        Raises InvalidRequest, which names `grammar.param`, when it cannot be understood, or nothing belongs to it."""
 
     def submit(self, request: GenerationRequest) -> TokenStream:
         """Queue a request. Raises at once, before any token: RequestError when it can never fit, UnknownModel when

@@ -17,7 +17,8 @@ class TextStream:
 
     Tokens are decoded in a window that begins with the last ones already shown, because a tokenizer may drop or add a
     space at the beginning of what it decodes. Text at the window's end is held back while it is an unfinished
-    character or could be the beginning of a stop string.
+    character or could be the beginning of a stop string. A stop string ends the text when one of its characters comes
+    from a token that may stop.
     """
 
     def __init__(self, decode: Decoder, stop: tuple[str, ...]) -> None:
@@ -26,11 +27,14 @@ class TextStream:
         self._window: list[int] = []
         self._shown = 0  # tokens of the window whose text is out of the decoder
         self._held = ""  # decoded, but may begin a stop string
+        self._exempt = 0  # characters of it from tokens that may not stop
+        self._may_stop = True  # the last token
         self.is_stopped = False
 
-    def push(self, token_id: int) -> str:
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
         """Take the next token; the text that may be shown now. Sets `is_stopped` when a stop string is complete."""
         self._window.append(token_id)
+        self._may_stop = may_stop
         text = self._decode(self._window)
         if text.endswith(_UNFINISHED):
             return ""
@@ -47,14 +51,18 @@ class TextStream:
         self._window = self._window[self._shown :]
         self._shown = len(self._window)
         self._held += text[len(before) :]
+        if not self._may_stop:
+            self._exempt = len(self._held)
 
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
+        begins = ((stop, max(0, self._exempt - len(stop) + 1)) for stop in self._stop)
+        found = [at for at in (self._held.find(stop, begin) for stop, begin in begins) if at >= 0]
         if found:
             self.is_stopped = True
             shown, self._held = self._held[: min(found)], ""
             return shown
         cut = len(self._held) - max((_overlap(self._held, stop) for stop in self._stop), default=0)
         shown, self._held = self._held[:cut], self._held[cut:]
+        self._exempt = max(0, self._exempt - cut)
         return shown
 
 

@@ -211,16 +211,20 @@ class TinyModel:
         """A stable digest for an adapter; None for the base."""
         return None if recipe is None else f"sha256:{self.adapter(recipe).name}"
 
+    def reference(self, recipe: LoraRecipe | None) -> Any:
+        """peft's model with that adapter alone, or the bare base."""
+        if recipe not in self._references:
+            base = self.load()
+            folder = recipe and self.adapter(recipe)
+            self._references[recipe] = base if folder is None else PeftModel.from_pretrained(base, folder).eval()
+        return self._references[recipe]
+
     def expected(self, recipe: LoraRecipe | None, prompt: Sequence[int], max_tokens: int) -> Expected:
         """The greedy answer of peft (or of the bare base) alone, by `generate`."""
         key = (recipe, tuple(prompt), max_tokens)
         if key not in self._expected:
-            if recipe not in self._references:
-                base = self.load()
-                folder = recipe and self.adapter(recipe)
-                self._references[recipe] = base if folder is None else PeftModel.from_pretrained(base, folder).eval()
             with torch.inference_mode():
-                output = self._references[recipe].generate(
+                output = self.reference(recipe).generate(
                     input_ids=torch.tensor([list(prompt)]),
                     attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
                     max_new_tokens=max_tokens,

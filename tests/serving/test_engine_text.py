@@ -61,6 +61,26 @@ def test_pieces_join_to_the_text_before_the_first_stop(text: str, stop: tuple[st
     assert ("".join(pieces), is_stopped) == (expected, bool(ends))
 
 
+@given(
+    text=texts,
+    stop=st.lists(st.text(alphabet="ab é", min_size=1, max_size=4), min_size=1, max_size=3).map(tuple),
+    early=st.integers(0, 30),
+)
+def test_no_stop_string_is_complete_within_the_tokens_that_may_not_stop(
+    text: str, stop: tuple[str, ...], early: int
+) -> None:
+    ours, pieces = TextStream(byte_decoder(), stop), []
+    for index, token_id in enumerate(text.encode()):
+        pieces.append(ours.push(token_id, may_stop=index >= early))
+        if ours.is_stopped:
+            break
+    pieces.append(ours.flush())
+    heads = (text[:end] for end in range(len(text) + 1) if len(text[:end].encode()) > early)
+    cuts = ([head.removesuffix(each) for each in stop if head.endswith(each)] for head in heads)
+    expected = next((min(cut, key=len) for cut in cuts if cut), text)
+    assert "".join(pieces) == expected
+
+
 @given(token_ids=st.lists(st.integers(0, 300), max_size=40))
 def test_any_bytes_at_all_join_to_what_the_decoder_says(token_ids: list[int]) -> None:
     pieces, _ = stream(byte_decoder(), token_ids, ())

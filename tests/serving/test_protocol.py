@@ -44,9 +44,60 @@ def test_every_supported_parameter_reaches_the_engine() -> None:
     ).params
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.5, 0.9, 7, 3)
     assert (params.stop, params.seed, params.logprobs) == (("a", "b"), 5, 2)
+    params = chat(
+        presence_penalty=-2,
+        frequency_penalty=0.5,
+        repetition_penalty=1.1,
+        min_tokens=200,  # more than the default of completions: the limit of a chat is the context
+        ignore_eos=True,
+        logit_bias={"5": -100, "0": 1.5},
+    ).params
+    assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (-2, 0.5, 1.1)
+    assert (params.min_tokens, params.ignore_eos, params.logit_bias) == (200, True, ((5, -100.0), (0, 1.5)))
     assert completion(logprobs=0).params.logprobs == 0
     assert chat(logprobs=True).params.logprobs == 0
     assert chat(top_k=-1).params.top_k == 0
+
+
+def form(kind: str, **json_schema: Any) -> dict[str, Any]:
+    """A response_format, with a schema if one is given."""
+    return {"response_format": {"type": kind, **({"json_schema": json_schema} if json_schema else {})}}
+
+
+SCHEMA = {"type": "object", "properties": {"z": {"type": "integer"}, "a": {"type": "null"}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "text"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_schema", '{"type": "object"}'),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "strict": True, "schema": SCHEMA},
+                }
+            },
+            "json_schema",
+            json.dumps(SCHEMA),  # in its own order, which the answer follows
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, "json_schema", json.dumps(SCHEMA)),
+        ({"structured_outputs": {"json": {}}}, "json_schema", "{}"),
+        ({"structured_outputs": {"json_object": True, "regex": None}}, "json_schema", '{"type": "object"}'),
+        ({"structured_outputs": {"regex": "[a-z]+"}}, "regex", "[a-z]+"),
+        ({"structured_outputs": {"choice": ["yes", "é"]}}, "choice", '["yes", "\\u00e9"]'),
+        (
+            {"structured_outputs": {"grammar": 'start: "a"'}, "response_format": {"type": "text"}},
+            "lark",
+            'start: "a"',
+        ),
+    ],
+)
+def test_what_the_answer_must_be_reaches_the_engine(given: dict[str, Any], kind: str, text: str) -> None:
+    for request in (chat(**given), completion(**given)):
+        grammar = request.params.grammar
+        assert grammar is not None
+        assert (grammar.kind, grammar.text, grammar.param) == (kind, text, next(iter(given)))
 
 
 def test_the_limit_is_what_was_asked_or_openais_default() -> None:
@@ -100,7 +151,7 @@ OFF = {
 
 @pytest.mark.parametrize(("name", "value"), OFF.items())
 def test_parameters_that_are_off_are_welcome(name: str, value: Any) -> None:
-    assert chat(**{name: value}) == chat(**({"user": value} if name == "user" else {}))
+    assert chat(**{name: value}).params == chat().params
     assert chat(**{name: None}) == chat()
 
 
@@ -114,11 +165,32 @@ def test_a_prompt_that_is_none_or_too_many_is_refused_by_name(prompt: Any) -> No
 @pytest.mark.parametrize(
     ("given", "param", "code"),
     [
-        ({"presence_penalty": 0.1}, "presence_penalty", "unsupported_parameter"),
-        ({"frequency_penalty": -1}, "frequency_penalty", "unsupported_parameter"),
-        ({"frequency_penalty": False}, "frequency_penalty", "unsupported_parameter"),
-        ({"logit_bias": {"5": 10}}, "logit_bias", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"presence_penalty": 2.1}, "presence_penalty", None),
+        ({"frequency_penalty": -2.1}, "frequency_penalty", None),
+        ({"frequency_penalty": False}, "frequency_penalty", None),
+        ({"repetition_penalty": 0}, "repetition_penalty", None),
+        ({"repetition_penalty": -1}, "repetition_penalty", None),
+        ({"min_tokens": -1}, "min_tokens", None),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", None),
+        ({"ignore_eos": 1}, "ignore_eos", None),
+        ({"logit_bias": {"5": 101}}, "logit_bias", None),
+        ({"logit_bias": {"5": "1"}}, "logit_bias", None),
+        ({"logit_bias": {"-5": 1}}, "logit_bias", None),
+        ({"logit_bias": {"05": 1}}, "logit_bias", None),
+        ({"logit_bias": {"hello": 1}}, "logit_bias", None),
+        ({"logit_bias": [5]}, "logit_bias", None),
+        ({"response_format": "json"}, "response_format", None),
+        (form("xml"), "response_format", None),
+        (form("json_schema"), "response_format", None),
+        (form("json_object", name="n", schema={}), "response_format", None),
+        (form("json_schema", name="n"), "response_format", "missing_required_parameter"),
+        (form("json_schema", name="n", schema=5), "response_format", None),
+        ({**form("json_object"), "structured_outputs": {"regex": "a"}}, "structured_outputs", None),
+        ({"structured_outputs": {}}, "structured_outputs", None),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", None),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs", None),
+        ({"structured_outputs": {"json_object": False}}, "structured_outputs", None),
+        ({"guided_json": {}}, "guided_json", "unknown_parameter"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
         ({"store": True}, "store", "unsupported_parameter"),
         ({"store": 0}, "store", "unsupported_parameter"),
@@ -161,7 +233,7 @@ def test_a_prompt_that_is_none_or_too_many_is_refused_by_name(prompt: Any) -> No
 )
 def test_what_would_change_the_answer_is_refused_by_name(given: dict[str, Any], param: str, code: str | None) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        chat(**given).prompts  # noqa: B018 - messages are checked here
+        chat(**given).prompts, chat(**given).params  # messages and some ranges are checked here
     assert (caught.value.param, caught.value.code) == (param, code)
     assert param in str(caught.value)
     described = describe(caught.value)
