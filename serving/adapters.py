@@ -62,6 +62,11 @@ class AdapterCache:
         """What is in the engine now, in the order of asking."""
         return [entry.record for entry in self._entries.values() if entry.is_loaded]
 
+    async def prefetch(self, record: AdapterRecord) -> None:
+        """Load an adapter before anybody asks for it. Raises as `hold` does."""
+        async with self.hold(record):
+            pass
+
     @asynccontextmanager
     async def hold(self, record: AdapterRecord) -> AsyncIterator[str]:
         """Keep an adapter in the engine, loading it if need be; gives its digest.
