@@ -12,9 +12,11 @@ replica    one engine with its tokenizer and adapters, as a Serve deployment
 prompts    messages or text → token ids, by the model's own chat template
 adapters   which adapters are in the engine: single-flight loads, reference counts, eviction
 pins       the adapters that every replica is to hold, by name
+demand     which adapters are asked for, and how much; a new replica loads those ahead
 downloads  verified adapter files on this node, under a byte budget
 routing    which replica a request goes to: queue in tokens, and what loading would cost (pure)
 router     that policy behind Serve's router interface
+autoscale  how many replicas, from the tokens that wait and that come (pure)
 affinity   tells the router which adapters a replica holds
 answers    what a replica says, in OpenAI's shapes
 gauges     an engine's figures for Prometheus

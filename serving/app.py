@@ -1,11 +1,15 @@
 """The Serve application of a config: ingresses in front, replicas behind."""
 
+import warnings
+from dataclasses import asdict
+
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.request_router import RequestRouter
 
 from cluster.records import BaseModelRef
+from serving.autoscale import Settings, TokenPolicy
 from serving.config import ServingConfig
 from serving.ingress import Ingress
 from serving.replica import Replica
@@ -21,6 +25,13 @@ _START_ATTEMPTS = 3
 """How often a replica may fail to start before the deployment has failed. Serve's 20 hide a wrong model for minutes."""
 
 
+_LOAD_INTERVAL_S = 1.0
+"""How often replicas and ingresses tell Serve's controller of their load. Serve's own 10 s are most of a burst."""
+
+_LOOK_BACK_S = 3.0
+"""Over which Serve averages the requests in front of the replicas. The policy takes the newest of all else."""
+
+
 def build(config: ServingConfig, base: BaseModelRef, router: type[RequestRouter] = AdapterRouter) -> Application:
     """Bind the deployments. `base` is the pinned model that both sides speak of; `router` sends calls to replicas."""
     replicas = config.replicas
@@ -29,13 +40,7 @@ def build(config: ServingConfig, base: BaseModelRef, router: type[RequestRouter]
         name=REPLICA,
         max_ongoing_requests=replicas.max_ongoing,
         max_queued_requests=replicas.max_queued,
-        autoscaling_config={
-            "min_replicas": replicas.min,
-            "max_replicas": replicas.max,
-            "target_ongoing_requests": replicas.target_ongoing,
-            "upscale_delay_s": replicas.upscale_delay_s,
-            "downscale_delay_s": replicas.downscale_delay_s,
-        },
+        autoscaling_config=_autoscaling(config),
         request_router_config=RequestRouterConfig(request_router_class=router),
         max_surge_percent=replicas.max_surge_percent,
         graceful_shutdown_timeout_s=replicas.drain_timeout_s,
@@ -52,3 +57,26 @@ def build(config: ServingConfig, base: BaseModelRef, router: type[RequestRouter]
         ray_actor_options={"num_cpus": config.http.cpus},
     )
     return ingress.bind(config, base, replica.bind(config, base))
+
+
+def _autoscaling(config: ServingConfig) -> AutoscalingConfig:
+    """Our policy with delays of its own, so that Serve adds none."""
+    replicas = config.replicas
+    settings = Settings(
+        target_ttft_s=replicas.target_ttft_s,
+        catch_up_s=replicas.catch_up_s,
+        downscale_delay_s=replicas.downscale_delay_s,
+        max_running=config.engine.max_running,
+    )
+    with warnings.catch_warnings():
+        # For environment variables that Ray 2.60 names but does not read.
+        warnings.filterwarnings("ignore", "The `metrics_interval_s` field", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=replicas.min,
+            max_replicas=replicas.max,
+            upscale_delay_s=0.0,
+            downscale_delay_s=0.0,
+            metrics_interval_s=_LOAD_INTERVAL_S,
+            look_back_period_s=_LOOK_BACK_S,
+            policy=AutoscalingPolicy(policy_function=TokenPolicy, policy_kwargs=asdict(settings)),
+        )

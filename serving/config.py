@@ -44,13 +44,20 @@ class ReplicaConfig(Config):
 
     min: NonNegativeInt = Field(1, description="replicas kept even when idle; 0 scales to zero")
     max: PositiveInt = Field(1, description="replicas at most")
-    target_ongoing: PositiveFloat = Field(16.0, description="requests per replica that autoscaling aims at")
+    target_ttft_s: PositiveFloat = Field(
+        2.0,
+        description="time to a first token that autoscaling aims at; a long prompt's own computing comes on top",
+    )
+    catch_up_s: PositiveFloat = Field(
+        30.0, description="in what time added replicas shall work off a queue; about what one takes to start"
+    )
     max_ongoing: PositiveInt = Field(
         128, description="requests in a replica, which takes them in fair turns; further ones queue in front of it"
     )
     max_queued: PositiveInt = Field(256, description="requests that queue in front of the replicas before 429")
-    upscale_delay_s: NonNegativeFloat = Field(10.0, description="how long demand must last before a replica is added")
-    downscale_delay_s: NonNegativeFloat = Field(300.0, description="how long it must be low before one is removed")
+    downscale_delay_s: NonNegativeFloat = Field(
+        300.0, description="how long fewer replicas must have been enough before one is removed"
+    )
     drain_timeout_s: PositiveFloat = Field(600.0, description="how long a leaving replica may finish its streams")
     max_surge_percent: Annotated[int, Field(ge=0, le=100)] = Field(
         100, description="replicas that an update starts before it stops old ones; 0 where there is no room for more"
@@ -62,8 +69,6 @@ class ReplicaConfig(Config):
     def _ordered(self) -> "ReplicaConfig":
         if self.min > self.max:
             raise ValueError(f"min {self.min} is more than max {self.max}")
-        if self.target_ongoing > self.max_ongoing:
-            raise ValueError(f"target_ongoing {self.target_ongoing} is more than max_ongoing {self.max_ongoing}")
         return self
 
 

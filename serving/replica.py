@@ -11,13 +11,16 @@ Serve cancels the generator when the client goes away; that is the only signal, 
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from cluster import models
 from cluster.errors import InvalidRequest, Overloaded
@@ -25,8 +28,10 @@ from cluster.records import AdapterRecord, BaseModelRef
 from cluster.store import open_store
 from serving import affinity
 from serving.adapters import SPARE_SLOTS, AdapterCache
+from serving.autoscale import ReplicaLoad
 from serving.calls import Accepted, Call, ChoiceEvent, ReplicaStatus
 from serving.config import ServingConfig
+from serving.demand import Demand, Wanted, most_wanted, warm
 from serving.downloads import Downloads
 from serving.engine.protocol import Engine, GenerationRequest, TokenStream
 from serving.gauges import EngineGauges
@@ -35,6 +40,7 @@ from serving.protocol import choice_seed
 from serving.resolver import Resolver
 
 _METRICS_INTERVAL_S = 5.0
+_DEMAND_TIMEOUT_S = 10.0
 
 _MESSAGE_INTERVAL_S = 0.02
 """A message from replica to client costs Ray and Serve about 1 ms of CPU: 32 streams of a tiny model, a message a
@@ -70,10 +76,13 @@ class Replica:
             self._advertise,
             retry_failed_s=config.adapters.retry_failed_s,
         )
+        self._places = config.engine.max_adapters
+        self._demand = Demand()
+        # Serve runs this in the loop that it runs requests in, and does not wait for what comes beside them.
+        self._warming = asyncio.create_task(self._warm(), name="luthier-warm")
         if config.adapters.pinned:
             refresh_s = config.adapters.alias_refresh_s
             names = Resolver(store, base, refresh_s)
-            # Serve runs this in the loop that it runs requests in.
             self._pinning = asyncio.create_task(
                 keep_pinned(config.adapters.pinned, names, self._adapters, refresh_s), name="luthier-pinned"
             )
@@ -100,6 +109,7 @@ class Replica:
         async with AsyncExitStack() as stack:
             if call.adapter is not None:
                 await stack.enter_async_context(self._adapters.hold(call.adapter))
+                self._demand.count(call.adapter)
             streams = []
             for request in requests:
                 stream = self._engine.submit(request)
@@ -147,6 +157,25 @@ class Replica:
         """Load an adapter that requests are about to ask for. Raises as loading does."""
         await self._adapters.prefetch(record)
 
+    async def demand(self) -> list[Wanted]:
+        """Which adapters this replica was asked for lately, the most wanted first."""
+        return self._demand.wanted()
+
+    async def _warm(self) -> None:
+        """Load what the other replicas are asked for, beside the first requests."""
+        place = serve.get_replica_context()
+        try:
+            # In a thread, because it asks the controller and waits.
+            replicas = await asyncio.to_thread(serve.get_deployment_handle, place.deployment, place.app_name)
+            answers = await replicas.broadcast("demand").results_async(
+                timeout_s=_DEMAND_TIMEOUT_S, return_exceptions=True
+            )
+        except (TimeoutError, RayError, RayServeException) as error:
+            _log.info("no other replica says which adapters are wanted: %s", error)
+            return
+        wanted = most_wanted([each for each in answers if isinstance(each, list)], self._base)
+        await warm(self._adapters, self._places, wanted[: self._places])
+
     async def ready(self) -> bool:
         """Answers when this replica serves."""
         return self._engine.stats().alive
@@ -172,6 +201,24 @@ class Replica:
             kv_blocks_used=stats.kv_blocks_used,
             kv_blocks_total=stats.kv_blocks_total,
         )
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Serve every second, and given to the autoscaling policy."""
+        stats = self._engine.stats()
+        load = ReplicaLoad(
+            id="",  # Serve knows
+            time_s=time.monotonic(),
+            requests=stats.requests,
+            prompt_tokens=stats.prompt_tokens,
+            generated_tokens=stats.generated_tokens,
+            running=stats.running,
+            waiting=stats.waiting,
+            queued_prompt_tokens=stats.queued_prompt_tokens,
+            waiting_answer_tokens=stats.waiting_answer_tokens,
+            running_answer_tokens=stats.running_answer_tokens,
+            kv_used=stats.kv_blocks_used / max(1, stats.kv_blocks_total),
+        )
+        return {name: value for name, value in asdict(load).items() if name != "id"}
 
     def check_health(self) -> None:
         """Called by Serve, which replaces a replica that raises here."""

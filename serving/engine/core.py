@@ -161,11 +161,16 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         """Counters and state."""
-        allocator = self._scheduler.allocator
+        allocator, running, waiting = self._scheduler.allocator, self._scheduler.running, self._scheduler.waiting
         return replace(
             self._stats,
-            running=len(self._scheduler.running),
-            waiting=len(self._scheduler.waiting),
+            running=len(running),
+            waiting=len(waiting),
+            queued_prompt_tokens=sum(
+                max(0, len(each.request.prompt_ids) - each.computed) for each in self._scheduler.sequences()
+            ),
+            waiting_answer_tokens=sum(each.request.params.max_tokens for each in waiting),
+            running_answer_tokens=sum(each.request.params.max_tokens - each.num_generated for each in running),
             kv_blocks_used=allocator.num_used,
             kv_blocks_total=allocator.num_blocks,
             adapters=tuple(self._model.table.adapters),

@@ -155,6 +155,9 @@ class EngineStats:
     adapter_loads: int = 0
     running: int = 0
     waiting: int = 0
+    queued_prompt_tokens: int = 0  # not computed yet, of the running and the waiting
+    waiting_answer_tokens: int = 0  # at most to come, by max_tokens
+    running_answer_tokens: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
     adapters: tuple[str, ...] = ()  # digests loaded

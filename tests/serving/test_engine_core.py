@@ -50,6 +50,24 @@ def driver(request: pytest.FixtureRequest, model: TinyModel, drive: Drive) -> It
     kernels.library.cache_clear()
 
 
+def test_what_is_still_to_do_is_told_at_every_step(model: TinyModel, drive: Drive) -> None:
+    driver = drive(model, kv_tokens=160, max_batch_tokens=24, max_running=6)
+    prompts = {f"r{length}": model.prompt(length, length) for length in PROMPT_LENGTHS}
+    for id_, prompt in prompts.items():
+        driver.add(id_, prompt, None, greedy())
+    stats, waited = driver.core.stats(), 0
+    assert (stats.queued_prompt_tokens, stats.running_answer_tokens) == (sum(PROMPT_LENGTHS), 0)
+    while driver.core.has_work:
+        driver.step()
+        stats = driver.core.stats()
+        assert stats.queued_prompt_tokens == sum(PROMPT_LENGTHS) - stats.prompt_tokens
+        unended = [events for events in driver.events.values() if not events or not events[-1].finish_reason]
+        assert stats.waiting_answer_tokens == LONGEST * stats.waiting
+        assert stats.waiting_answer_tokens + stats.running_answer_tokens == sum(LONGEST - len(each) for each in unended)
+        waited += stats.waiting
+    assert waited, "none had to wait: this says nothing of those that do"
+
+
 def prompt_of(model: TinyModel, index: int) -> list[int]:
     """The longest begins as the one before it, so that they share blocks."""
     if index == len(PROMPT_LENGTHS) - 1:

@@ -1,0 +1,62 @@
+"""What a new replica loads ahead of requests, over the adapter cache and its engine in memory."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.records import AdapterRecord, BaseModelRef
+from serving.demand import HALF_LIFE_S, Demand, Wanted, most_wanted, warm
+from tests.serving.test_adapters import BASE, Bench
+
+OTHER_BASE = BaseModelRef(name="base", revision="r2", licence="apache-2.0")
+
+
+def record(name: str, base: BaseModelRef = BASE) -> AdapterRecord:
+    digest = name.encode().hex().rjust(64, "0")
+    return AdapterRecord(name=name, version=1, digest=digest, files=(), base=base, run_id="r", step=1, created_at="")
+
+
+@given(st.lists(st.sampled_from("abcdef"), min_size=1))
+def test_counts_at_one_moment_are_counts(asked: list[str]) -> None:
+    demand = Demand(clock=lambda: 1000.0)
+    for name in asked:
+        demand.count(record(name))
+    assert {each.record.name: each.requests for each in demand.wanted()} == Counter(asked)
+    assert [each.requests for each in demand.wanted()] == sorted(Counter(asked).values(), reverse=True)
+
+
+def test_the_last_minutes_count_and_the_morning_is_forgotten() -> None:
+    now = 0.0
+    demand = Demand(clock=lambda: now)
+    for _ in range(8):
+        demand.count(record("morning"))
+    now = 2 * HALF_LIFE_S
+    for _ in range(3):
+        demand.count(record("now"))
+    assert [(each.record.name, each.requests) for each in demand.wanted()] == [("now", 3.0), ("morning", 2.0)]
+    now = 12 * HALF_LIFE_S
+    assert demand.wanted() == []
+
+
+def test_answers_of_all_replicas_are_added_and_another_bases_adapters_are_left_out() -> None:
+    first = [Wanted(record("a"), 5.0), Wanted(record("b"), 3.0)]
+    second = [Wanted(record("old", OTHER_BASE), 99.0), Wanted(record("b"), 3.0), Wanted(record("c"), 1.0)]
+    assert [each.name for each in most_wanted([first, second, []], BASE)] == ["b", "a", "c"]
+
+
+def test_free_places_are_filled_by_the_most_wanted_and_nothing_is_evicted_for_them(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_adapters=3)
+    asked, refused, first, second, third = (bench.publish(name) for name in ("asked", "bad", "1st", "2nd", "3rd"))
+    bench.engine.refused.add(refused.digest)
+
+    async def main() -> None:
+        await bench.touch(asked)
+        await warm(bench.cache, 3, [refused, first, asked, second, third])
+
+    asyncio.run(main())
+    assert bench.names() == ["asked", "1st", "2nd"]
+    assert bench.engine.loads[asked.digest] == 1
+    assert bench.engine.loads[third.digest] == 0
