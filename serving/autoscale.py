@@ -138,7 +138,7 @@ class State:
     tokens_per_s: float | None = None  # of a busy replica; None until one was seen busy
     tracks: Mapping[str, Track] = field(default_factory=dict)
     sizes: Sizes = Sizes()
-    since_s: float | None = None  # of the first decision
+    decided: int = 0  # what it was last
     front: tuple[float, float] | None = None  # requests in front of the replicas: when, and how many
     front_per_s: float = 0.0  # how fast they become more; less than 0 while replicas take in what waited
     peaks: tuple[tuple[float, int], ...] = ()  # when, and how many were needed: falling, the first is the most
@@ -158,15 +158,17 @@ def decide(settings: Settings, state: State, seen: Snapshot) -> tuple[Decision, 
     state = observe(state, seen)
     work = _Work(state, seen)
     up, calm = _to_carry(settings, work), _to_keep(settings, work)
-    since = seen.now_s if state.since_s is None else state.since_s
-    peaks = _push(state.peaks, seen.now_s - settings.downscale_delay_s, (seen.now_s, _bounded(max(up, calm), seen)))
+    others = seen.target if seen.target > state.decided else 0  # what was there, or raised, without us
+    newest = seen.now_s, _bounded(max(up, calm, others), seen)
+    peaks = _push(state.peaks, seen.now_s - settings.downscale_delay_s, newest)
     number = seen.target
     if up > seen.target:
         number = up
-    elif seen.now_s - since >= settings.downscale_delay_s and peaks[0][1] < seen.target:
+    elif peaks[0][1] < seen.target:
         number = max(peaks[0][1], 1 if seen.target > 1 else 0)  # the last one goes alone
-    decision = Decision(_bounded(number, seen), work.ttft_s(max(1, seen.num_running)), work.drain_s)
-    return decision, replace(state, since_s=since, peaks=peaks)
+    number = _bounded(number, seen)
+    decision = Decision(number, work.ttft_s(max(1, seen.num_running)), work.drain_s)
+    return decision, replace(state, decided=number, peaks=peaks)
 
 
 def predict_ttft_s(state: State, seen: Snapshot, replicas: int) -> float:
@@ -177,7 +179,7 @@ def predict_ttft_s(state: State, seen: Snapshot, replicas: int) -> float:
 class TokenPolicy:
     """That policy behind Serve's autoscaling hook; an instance is made in the controller, and asked ten times a second.
 
-    Serve itself makes it one replica while none runs and a request waits, without asking.
+    Serve itself makes it one replica when none runs and a request waits, without asking.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -345,4 +347,4 @@ def _bounded(number: int, seen: Snapshot) -> int:
 
 def _push(peaks: Iterable[tuple[float, int]], oldest_s: float, new: tuple[float, int]) -> tuple[tuple[float, int], ...]:
     """The maximum over a sliding window: what is older, or not more than the newest, can never be it again."""
-    return (*(each for each in peaks if each[0] >= oldest_s and each[1] > new[1]), new)
+    return (*(each for each in peaks if each[0] > oldest_s and each[1] > new[1]), new)

@@ -163,18 +163,12 @@ class Replica:
 
     async def _warm(self) -> None:
         """Load what the other replicas are asked for, beside the first requests."""
-        place = serve.get_replica_context()
         try:
-            # In a thread, because it asks the controller and waits.
-            replicas = await asyncio.to_thread(serve.get_deployment_handle, place.deployment, place.app_name)
-            answers = await replicas.broadcast("demand").results_async(
-                timeout_s=_DEMAND_TIMEOUT_S, return_exceptions=True
-            )
+            answers = await _ask_all_for_demand()
         except (TimeoutError, RayError, RayServeException) as error:
             _log.info("no other replica says which adapters are wanted: %s", error)
             return
-        wanted = most_wanted([each for each in answers if isinstance(each, list)], self._base)
-        await warm(self._adapters, self._places, wanted[: self._places])
+        await warm(self._adapters, self._places, most_wanted(answers, self._base)[: self._places])
 
     async def ready(self) -> bool:
         """Answers when this replica serves."""
@@ -258,6 +252,18 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
     )
     engine.start()
     return engine
+
+
+async def _ask_all_for_demand() -> list[list[Wanted]]:
+    """What each replica of this deployment answers that is up. Raises what Serve raises when there is none."""
+    place = serve.get_replica_context()
+    # In a thread, because it asks the controller and waits.
+    replicas = await asyncio.to_thread(serve.get_deployment_handle, place.deployment, place.app_name)
+    try:
+        answers = await replicas.broadcast("demand").results_async(timeout_s=_DEMAND_TIMEOUT_S, return_exceptions=True)
+    finally:
+        await replicas.shutdown_async()  # or it reports to the controller for as long as this process lives
+    return [each for each in answers if isinstance(each, list)]
 
 
 async def _merge(streams: list[TokenStream]) -> AsyncGenerator[list[ChoiceEvent], None]:

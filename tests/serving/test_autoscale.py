@@ -283,7 +283,10 @@ def loads_after(draw: st.DrawFn, last: ReplicaLoad, now: float) -> ReplicaLoad:
 
 @st.composite
 def histories(draw: st.DrawFn) -> list[Snapshot]:
-    """What the policy is shown: replicas that come and go, count on, and are idle or full at will. No target is set."""
+    """What the policy is shown: replicas that come and go, count on, and are idle or full at will.
+
+    A target that is not 0 is one that somebody else has set: Serve, from zero, or an update.
+    """
     last: dict[str, ReplicaLoad] = {}
     now, seen = 0.0, []
     least = draw(st.integers(0, 3))
@@ -294,7 +297,8 @@ def histories(draw: st.DrawFn) -> list[Snapshot]:
             last[id_] = draw(loads_after(last.get(id_, ReplicaLoad(id_, now)), now))
         loads = tuple(load for load in last.values() if load.time_s == now)
         queued = draw(st.sampled_from([0, 0, 1, 200]))
-        seen.append(Snapshot(now, loads, len(loads) + draw(st.integers(0, 1)), 0, queued, least, most))
+        raised = draw(st.sampled_from([0, 0, 0, most]))
+        seen.append(Snapshot(now, loads, len(loads) + draw(st.integers(0, 1)), raised, queued, least, most))
     return seen
 
 
@@ -332,6 +336,8 @@ def test_decisions_are_within_bounds_and_go_down_slowly_and_only_where_the_targe
     state, raised_at = State(), seen[0].now_s
     target = min(seen[0].max_replicas, seen[0].min_replicas + above)
     for each in seen:
+        if each.target > target:
+            target, raised_at = each.target, each.now_s
         shown = replace(each, target=target)
         decision, state = decide(SETTINGS, state, shown)
         assert each.min_replicas <= decision.replicas <= each.max_replicas

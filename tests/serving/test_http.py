@@ -3,7 +3,9 @@
 import asyncio
 import itertools
 import json
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -17,6 +19,8 @@ from cluster.folder import FolderStore
 from cluster.models import ModelConfig
 from cluster.records import BaseModelRef
 from serving import deploy
+from serving.calls import ReplicaStatus
+from serving.config import ReplicaConfig
 from serving.protocol import choice_seed
 from tests.serving.conftest import NEAR_TIE, LoraRecipe, TinyModel, make_tokenizer
 from tests.serving.endpoint import APPLICATION, BASE, DEADLINE_S, NAMES, Served, free_port, poll, serving_config
@@ -503,6 +507,56 @@ def test_another_port_or_application_is_refused_before_anything_changes(served: 
     with pytest.raises(deploy.ConfigError, match="tiny-serving is served here already"):
         deploy.deploy(other, 5, lambda line: None)
     assert deploy.applications() == [APPLICATION]
+
+
+def test_load_adds_a_replica_that_brings_the_adapters_along_and_its_going_cuts_no_stream(served: Served) -> None:
+    """One adapter is asked for; then streams of the base alone, many until a second replica is up, and few until it is
+    gone again: it has some when it is told to go, and they end as all do."""
+    model = ModelConfig(name=BASE, source=str(served.model.folder), licence="apache-2.0", dtype="fp32")
+    port = httpx.URL(served.url).port
+    assert port is not None
+    scaled = ReplicaConfig(
+        min=1, max=2, target_ttft_s=0.5, catch_up_s=5.0, downscale_delay_s=3.0, drain_timeout_s=60.0, cpus=0.5
+    )
+    config = serving_config(model, served.store.url, port).model_copy(update={"replicas": scaled})
+    deploy.deploy(config, DEADLINE_S * 2, lambda line: None)
+    poll(lambda: len(served.replicas()) == 1, "one replica")
+    served.client().completions.create(model="skill-5", prompt="a", max_tokens=1)
+    seen: list[list[ReplicaStatus]] = []
+    stages = {"many": threading.Event(), "few": threading.Event()}
+
+    def streams(number: int) -> list[tuple[int, int]]:
+        """Asked for, and ended as they should."""
+        counted = []
+        client = served.client()
+        for stage, choices in (("many", 16), ("few", 1)):
+            while not stages[stage].is_set():
+                body: Any = {"model": BASE, "prompt": [9, 8, number], "max_tokens": LONG, "n": choices, "seed": number}
+                with client.completions.create(**body, stream=True) as stream:
+                    ends = [choice.finish_reason for chunk in stream for choice in chunk.choices]
+                counted.append((choices, sum(each in ("stop", "length") for each in ends)))
+        return counted
+
+    def has_come() -> bool:
+        replicas = served.replicas()
+        return len(replicas) == 2 and all("skill-5@1" in each.adapters for each in replicas)
+
+    def has_gone() -> bool:
+        seen.append(served.replicas())
+        return len(seen[-1]) == 1
+
+    with ThreadPoolExecutor(6) as clients:
+        running = [clients.submit(streams, number) for number in range(6)]
+        try:
+            poll(has_come, "a second replica that holds the adapter which the first was asked for")
+            stages["many"].set()
+            poll(has_gone, "the second replica has gone again")
+        finally:
+            for each in stages.values():
+                each.set()
+        counted = [each for client in running for each in client.result()]
+    assert min(each.running for each in seen[-2]) > 0, "both replicas ran streams when one was told to go"
+    assert all(asked == ended for asked, ended in counted)
 
 
 def test_an_update_cuts_no_stream_and_then_two_replicas_share_the_adapters(served: Served) -> None:
