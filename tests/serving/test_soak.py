@@ -156,8 +156,10 @@ def soak(local_ray: None, tiny: Callable[[str], TinyModel], tmp_path_factory: py
         for name in (BASE, *recipes):
             for number, prompt in enumerate(prompts):
                 answer = model.expected(recipes.get(name), prompt, MOST_TOKENS)
-                pieces = [tokenizer.decode([token]) for token in answer.tokens]
-                is_plain = tokenizer.decode(answer.tokens) == "".join(pieces)  # so that its beginnings are known too
+                pieces = [tokenizer.decode([token], skip_special_tokens=True) for token in answer.tokens]
+                is_plain = tokenizer.decode(answer.tokens, skip_special_tokens=True) == "".join(
+                    pieces
+                )  # so that its beginnings are known too
                 if min(answer.margins) > NEAR_TIE and is_plain and len(pieces) == MOST_TOKENS:
                     expected[name, number] = pieces
         assert {name for name, _ in expected} == {BASE, *recipes}, "choose other prompts: some model has none"
