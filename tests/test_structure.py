@@ -17,7 +17,12 @@ from serving.config import ServingConfig
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("cluster", "jobs", "serving")
 ALLOWED = {"cluster": {"cluster"}, "jobs": {"cluster", "jobs"}, "serving": {"cluster", "serving"}}
-DOORS = {"deepspeed": {"jobs/zero.py"}, "boto3": {"cluster/s3.py"}, "botocore": {"cluster/s3.py"}}
+DOORS = {
+    "deepspeed": {"jobs/zero.py"},
+    "boto3": {"cluster/s3.py"},
+    "botocore": {"cluster/s3.py"},
+    "llguidance": {"serving/engine/grammar.py"},
+}
 SCHEMAS: dict[str, type[Config]] = {
     "models": ModelConfig,
     "clusters": ClusterConfig,

@@ -194,8 +194,7 @@ class EngineCore:
         sequence, params = live.sequence, live.sequence.request.params
         sequence.tokens.append(choice.token_id)
         reason: FinishReason | None = None
-        ends = not params.ignore_eos or params.grammar is not None
-        if ends and choice.token_id in self._model.facts.eos_ids:
+        if choice.token_id in self._model.facts.eos_ids and not params.ignore_eos:
             text, reason = live.text.flush(), "stop"
         else:
             text = live.text.push(choice.token_id, may_stop=sequence.num_generated > params.min_tokens)

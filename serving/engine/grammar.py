@@ -5,6 +5,7 @@ tokens of the vocabulary keep to it. A grammar is compiled once for its text and
 """
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from typing import Any
@@ -17,6 +18,12 @@ from cluster.errors import InvalidRequest
 from serving.engine.protocol import Grammar
 
 _MAX_CACHED = 128
+_MAX_TEXT = 256 * 1024  # characters; the largest take half a second to compile
+_LIMITS = LLParserLimits(
+    max_grammar_size=15_000,  # symbols; objects of about 1,500 properties. The time to compile grows with their square
+    max_items_in_row=10_000,  # 2,000 by default, which is met by 500 properties that need not be there
+    verbose_errors=False,
+)
 _MAX_MESSAGE = 300  # characters of what the library says
 
 _WHITESPACE = r" |\n( {0,40}|\t{0,12})"
@@ -55,13 +62,13 @@ class Grammars:
         return Matcher(self.compile(grammar).deep_copy(), self._vocabulary)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
+        if len(grammar.text) > _MAX_TEXT:
+            raise _refused(grammar, f"it has {len(grammar.text)} characters; at most {_MAX_TEXT} are compiled")
         try:
             source = _source(grammar)
         except ValueError as error:
             raise _refused(grammar, str(error)) from None
-        compiled = LLMatcher(
-            self._made_tokenizer(grammar), source, log_level=0, limits=LLParserLimits(verbose_errors=False)
-        )
+        compiled = LLMatcher(self._made_tokenizer(grammar), source, log_level=0, limits=_LIMITS)
         if compiled.is_error():
             raise _refused(grammar, compiled.get_error())
         compiled.compute_logit_bias()  # the first mask is the dearest; and only it shows that nothing may begin
@@ -119,7 +126,7 @@ def _source(grammar: Grammar) -> str:
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         case "choice":
-            return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, json.loads(grammar.text))))
+            return LLMatcher.grammar_from_regex("|".join(map(re.escape, json.loads(grammar.text))))
         case "lark":
             return LLMatcher.grammar_from_lark(grammar.text)
 

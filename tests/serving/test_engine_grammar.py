@@ -155,6 +155,10 @@ def test_a_grammar_goes_together_with_everything_else(model: TinyModel, drive: D
     # The end of the grammar is the end, whatever else was asked.
     assert ask("long", min_tokens=50, ignore_eos=True, repetition_penalty=1.3, frequency_penalty=1).isdigit()
     assert (driver.finish("long"), len(driver.text("long"))) == ("stop", 30)
+    open_ended = Grammar("regex", "[0-9]{2}[0-9]*")
+    assert re.fullmatch("[0-9]{2,}", ask("open", grammar=open_ended, ignore_eos=True, logit_bias=((1, 9.0),)))
+    assert driver.finish("open") == "stop"
+    assert driver.tokens("open")[-1] == 1, "the end of the sequence, which the grammar lets stand here"
     # A token that the grammar allows can be forbidden, and one that it forbids cannot be had.
     nine, a = (make_tokenizer().convert_tokens_to_ids(each) for each in "9a")
     biased = ask("biased", logit_bias=((nine, -100.0), (a, 100.0)), temperature=0)
@@ -177,8 +181,10 @@ def test_a_grammar_goes_together_with_everything_else(model: TinyModel, drive: D
         (Grammar("regex", "(?=a)b"), "look-around"),
         (Grammar("lark", "start: nothing"), "nothing"),
         (Grammar("lark", "start: start"), "no answer belongs to it"),
+        (json_of({"type": "object", "properties": {f"p{number}": {} for number in range(3000)}}), "too big"),
+        (Grammar("regex", "a" * 300_000), "300000 characters; at most 262144"),
     ],
-    ids=str,
+    ids=lambda value: value.kind if isinstance(value, Grammar) else "",
 )
 def test_what_cannot_be_followed_is_refused_by_name_and_changes_nothing(
     grammar: Grammar, message: str, model: TinyModel, drive: Drive

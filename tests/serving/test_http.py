@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
@@ -271,6 +272,42 @@ def test_stop_strings_end_the_text_and_stay_out(served: Served) -> None:
         choice = client.completions.create(**given, stop=stops).choices[0]
         assert choice.text == text[: text.index(stop)]
         assert choice.finish_reason == "stop"
+
+
+def test_an_answer_is_held_to_its_schema_and_what_cannot_be_held_to_is_a_400(served: Served) -> None:
+    client = served.client()
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["colour", "count"],
+        "additionalProperties": False,
+    }
+
+    def ask(schema: dict[str, Any], **given: Any) -> Any:
+        form: Any = {"type": "json_schema", "json_schema": {"name": "order", "schema": schema}}
+        # 450 tokens hold the longest answer there is, all its whitespace included.
+        return client.chat.completions.create(
+            model="skill-1", messages=USER, max_tokens=450, seed=3, response_format=form, **given
+        )
+
+    answer = ask(schema, n=3, presence_penalty=0.5)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content), schema)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in ask(schema, presence_penalty=0.5, stream=True))
+    assert streamed == answer.choices[0].message.content
+    word = client.completions.create(
+        model=BASE, prompt="a", max_tokens=16, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}
+    )
+    assert word.choices[0].text in ("yes", "no")
+
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="uniqueItems") as caught:
+            ask({"type": "array", "uniqueItems": True}, stream=stream)
+        assert caught.value.param == "response_format"
+        with pytest.raises(openai.BadRequestError, match="vocabulary of 384") as caught:
+            client.completions.create(model=BASE, prompt="a", logit_bias={"384": 1}, stream=stream)
+        assert caught.value.param == "logit_bias"
 
 
 def test_chat_logprobs(served: Served) -> None:
