@@ -124,8 +124,8 @@ def test_openais_client_raises_its_own_errors(served: Served) -> None:
     client = served.client()
     with pytest.raises(openai.NotFoundError, match="there is no model 'nobody' here"):
         client.chat.completions.create(model="nobody", messages=USER)
-    with pytest.raises(openai.BadRequestError, match="logit_bias is not supported"):
-        client.chat.completions.create(model=BASE, messages=USER, logit_bias={"5": 1})
+    with pytest.raises(openai.BadRequestError, match="store is not supported"):
+        client.chat.completions.create(model=BASE, messages=USER, store=True)
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nobody")
 
