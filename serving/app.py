@@ -1,6 +1,5 @@
 """The Serve application of a config: ingresses in front, replicas behind."""
 
-import warnings
 from dataclasses import asdict
 
 from ray import serve
@@ -26,7 +25,8 @@ _START_ATTEMPTS = 3
 
 
 _LOAD_INTERVAL_S = 1.0
-"""How often replicas and ingresses tell Serve's controller of their load. Serve's own 10 s are most of a burst."""
+"""How often replicas and ingresses tell Serve's controller of their load. Serve's own 10 s are most of a burst; Ray
+2.60 calls the setting deprecated, in favour of environment variables that it does not read."""
 
 _LOOK_BACK_S = 3.0
 """Over which Serve averages the requests in front of the replicas. The policy takes the newest of all else."""
@@ -68,15 +68,12 @@ def _autoscaling(config: ServingConfig) -> AutoscalingConfig:
         downscale_delay_s=replicas.downscale_delay_s,
         max_running=config.engine.max_running,
     )
-    with warnings.catch_warnings():
-        # For environment variables that Ray 2.60 names but does not read.
-        warnings.filterwarnings("ignore", "The `metrics_interval_s` field", DeprecationWarning)
-        return AutoscalingConfig(
-            min_replicas=replicas.min,
-            max_replicas=replicas.max,
-            upscale_delay_s=0.0,
-            downscale_delay_s=0.0,
-            metrics_interval_s=_LOAD_INTERVAL_S,
-            look_back_period_s=_LOOK_BACK_S,
-            policy=AutoscalingPolicy(policy_function=TokenPolicy, policy_kwargs=asdict(settings)),
-        )
+    return AutoscalingConfig(
+        min_replicas=replicas.min,
+        max_replicas=replicas.max,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,
+        metrics_interval_s=_LOAD_INTERVAL_S,
+        look_back_period_s=_LOOK_BACK_S,
+        policy=AutoscalingPolicy(policy_function=TokenPolicy, policy_kwargs=asdict(settings)),
+    )
