@@ -17,6 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from cluster.nodes import LocalCluster
@@ -24,6 +25,9 @@ from scripts.demo import tasks
 from scripts.demo.model import Architecture, make_model
 from tests.e2e.submit import started, write_rows
 from tests.servers import S3Server, shared
+
+hypothesis.settings.register_profile("unhurried", deadline=None)  # no test fails for a busy machine
+hypothesis.settings.load_profile("unhurried")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

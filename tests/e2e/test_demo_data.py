@@ -199,7 +199,7 @@ def test_tokenizer_returns_every_string_of_the_data(
         assert tokenizer.decode(ids) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text())
 def test_tokenizer_returns_any_string(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

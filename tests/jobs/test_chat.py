@@ -339,7 +339,7 @@ def test_half_an_emoji_is_a_reason_and_not_a_crash(tokenizer_of: TokenizerOf, te
     assert reason(renderer.render(Text("", "Blue \ud83d"))).startswith("holds '\\ud83d'")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(
         st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip), min_size=2, max_size=6

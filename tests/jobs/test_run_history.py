@@ -154,7 +154,7 @@ def damage(store: Store, event: Damage, model: Model) -> None:
 
 
 @given(EVENTS, RETENTIONS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_happens_every_step_counts_once(events: list[Attempt | Damage], retention: Retention) -> None:
     with TemporaryDirectory() as folder:
         store = FolderStore(Path(folder) / "store")

@@ -184,7 +184,7 @@ def carry_out(operations: list[tuple[str, ...]], driver: CoreDriver, recipes: tu
     workload.check()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(operations=operations)
 def test_any_workload_gives_each_request_its_own_answer(
     operations: list[tuple[str, ...]], driver: CoreDriver, recipes: tuple[LoraRecipe, ...]
@@ -193,7 +193,7 @@ def test_any_workload_gives_each_request_its_own_answer(
 
 
 @pytest.mark.long
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(operations=operations)
 def test_five_hundred_workloads_give_each_request_its_own_answer(
     operations: list[tuple[str, ...]], driver: CoreDriver, recipes: tuple[LoraRecipe, ...]

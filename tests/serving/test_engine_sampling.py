@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -40,7 +40,6 @@ def pick(rows: torch.Tensor, params: list[SamplingParams], seeds: list[int | Non
     return choose(rows, params, [new_generator(seed) for seed in seeds], shapings)
 
 
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     prompt=st.lists(st.integers(0, 49), min_size=1, max_size=8),

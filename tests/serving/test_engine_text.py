@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
@@ -61,7 +61,6 @@ def test_pieces_join_to_the_text_before_the_first_stop(text: str, stop: tuple[st
     assert ("".join(pieces), is_stopped) == (expected, bool(ends))
 
 
-@settings(deadline=None)
 @given(
     text=texts,
     stop=st.lists(st.text(alphabet="ab é", min_size=1, max_size=4), min_size=1, max_size=3).map(tuple),
