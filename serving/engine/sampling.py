@@ -171,12 +171,14 @@ def draw(logits: torch.Tensor, params: SamplingParams, generator: torch.Generato
 
 
 def filtered(logits: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """What temperature, top_k and top_p leave of a row: scaled logits and their token ids, best first.
+    """What temperature, top_k and top_p leave of a row: scaled logits and their token ids; best first, if any is on.
 
     top_p keeps the smallest set of best tokens whose probabilities sum to at least top_p; one token always stays.
     """
     # The maximum comes off first: at a temperature near 0 the scaled logits would overflow.
     scaled = (logits.float() - logits.max().float()) / max(params.temperature, 1e-6)
+    if not params.top_k and params.top_p == 1:
+        return scaled, torch.arange(len(scaled), device=scaled.device)  # sorting would take most of a draw's time
     count = min(params.top_k or len(scaled), len(scaled))
     kept, token_ids = scaled.topk(count) if count < len(scaled) else scaled.sort(descending=True, stable=True)
     if params.top_p < 1:
