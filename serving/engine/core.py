@@ -162,19 +162,25 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Counters and state."""
         allocator, running, waiting = self._scheduler.allocator, self._scheduler.running, self._scheduler.waiting
+        unread = sum(max(0, len(each.request.prompt_ids) - each.computed) for each in running)
+        behind = sum(len(each.request.prompt_ids) for each in waiting)
         return replace(
             self._stats,
             running=len(running),
             waiting=len(waiting),
-            queued_prompt_tokens=sum(
-                max(0, len(each.request.prompt_ids) - each.computed) for each in self._scheduler.sequences()
-            ),
+            queued_prompt_tokens=unread + round(self._new_share * behind),
             waiting_answer_tokens=sum(each.request.params.max_tokens for each in waiting),
             running_answer_tokens=sum(each.request.params.max_tokens - each.num_generated for each in running),
             kv_blocks_used=allocator.num_used,
             kv_blocks_total=allocator.num_blocks,
             adapters=tuple(self._model.table.adapters),
         )
+
+    @property
+    def _new_share(self) -> float:
+        """Of the prompts so far, the part that the prefix cache did not have."""
+        computed, shared = self._stats.prompt_tokens, self._stats.shared_tokens
+        return computed / (computed + shared) if computed else 1.0
 
     def _is_servable(self, digest: str) -> bool:
         return digest in self._model.table.adapters and digest not in self._retiring

@@ -155,7 +155,7 @@ class EngineStats:
     adapter_loads: int = 0
     running: int = 0
     waiting: int = 0
-    queued_prompt_tokens: int = 0  # not computed yet, of the running and the waiting
+    queued_prompt_tokens: int = 0  # to be computed; of those that wait, less what the prefix cache should have
     waiting_answer_tokens: int = 0  # at most to come, by max_tokens
     running_answer_tokens: int = 0
     kv_blocks_used: int = 0

@@ -68,6 +68,20 @@ def test_what_is_still_to_do_is_told_at_every_step(model: TinyModel, drive: Driv
     assert waited, "none had to wait: this says nothing of those that do"
 
 
+def test_prompts_that_wait_count_as_far_as_others_like_them_had_to_be_computed(model: TinyModel, drive: Drive) -> None:
+    driver = drive(model, kv_tokens=160, max_batch_tokens=24, max_running=1)
+    for number in range(12):
+        driver.add(f"before{number}", model.prompt(1, 81), None, greedy(1))
+        driver.run()
+    before = driver.core.stats().prompt_tokens
+    for number in range(5):
+        driver.add(f"after{number}", model.prompt(1, 81), None, greedy(1))
+    queued = driver.core.stats().queued_prompt_tokens
+    driver.run()
+    computed = driver.core.stats().prompt_tokens - before
+    assert computed <= queued < 5 * 81 / 4
+
+
 def prompt_of(model: TinyModel, index: int) -> list[int]:
     """The longest begins as the one before it, so that they share blocks."""
     if index == len(PROMPT_LENGTHS) - 1:

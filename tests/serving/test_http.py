@@ -553,7 +553,7 @@ def test_load_adds_a_replica_that_brings_the_adapters_along_and_its_going_cuts_n
     port = httpx.URL(served.url).port
     assert port is not None
     scaled = ReplicaConfig(
-        min=1, max=2, target_ttft_s=0.5, catch_up_s=5.0, downscale_delay_s=3.0, drain_timeout_s=60.0, cpus=0.5
+        min=1, max=2, target_ttft_s=0.5, catch_up_s=1.0, downscale_delay_s=3.0, drain_timeout_s=60.0, cpus=0.5
     )
     config = serving_config(model, served.store.url, port).model_copy(update={"replicas": scaled})
     deploy.deploy(config, DEADLINE_S * 2, lambda line: None)
@@ -566,7 +566,7 @@ def test_load_adds_a_replica_that_brings_the_adapters_along_and_its_going_cuts_n
         """Asked for, and ended as they should."""
         counted = []
         client = served.client()
-        for stage, choices in (("many", 16), ("few", 1)):
+        for stage, choices in (("many", 8), ("few", 1)):
             while not stages[stage].is_set():
                 body: Any = {"model": BASE, "prompt": [9, 8, number], "max_tokens": LONG, "n": choices, "seed": number}
                 with client.completions.create(**body, stream=True) as stream:
