@@ -1,0 +1,178 @@
+"""One run of vLLM's API server: a process group of its own, in its own environment, behind a socket that is ours alone.
+
+    this process ─stdin pipe─▶ guard.py ─▶ vLLM's API server ─▶ its engine core ─▶ its workers
+
+It listens on a Unix socket in a folder that only this user can enter. (With a port, anybody on the node could use it:
+vLLM's API key does not guard all of its routes.) Its output goes to this process's stderr, line by line, and the last
+lines are kept for error messages. guard.py ends the group when this process dies, however it dies.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+from collections import deque
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+import httpx
+
+from cluster.errors import AdapterRefused, ModelError
+from serving.engine import guard
+from serving.engine.vllm_api import Chunk, Json, error_message, read_chunk
+from serving.engine.vllm_command import VllmOptions, command, environment
+
+_START_POLL_S = 0.25
+_HEALTH_INTERVAL_S = 5.0
+_HEALTH_TIMEOUT_S = 30.0
+_MAX_SILENT_CHECKS = 3
+_STOP_GRACE_S = 10.0
+_TAIL_LINES = 400  # an error, its tracebacks in three processes, and their shutting down
+_QUOTED_LINES = 8
+_ERROR = re.compile(r"\b\w+(Error|Exception): .*")
+
+
+class VllmServer:
+    """A running vLLM; used from one asyncio loop. It starts once and stops once: make another to restart."""
+
+    def __init__(self, folder: Path, options: VllmOptions) -> None:
+        """Make the private folder; nothing runs yet."""
+        self._private = Path(tempfile.mkdtemp(prefix="luthier-vllm-"))
+        socket = self._private / "api"
+        self._command = command(folder, options, socket)
+        self._environment = environment(os.environ, options, self._private)
+        self._start_timeout_s = options.start_timeout_s
+        # A connection is used once: one that waits here for the next request may be closed there just then.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self._client = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=str(socket), limits=limits),
+            base_url="http://vllm",
+            timeout=None,  # noqa: S113 - an answer takes what it takes; a server that hangs is found by its health
+        )
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+
+    async def start(self) -> None:
+        """Begin to run, and return when it answers. Raises ModelError with the last lines of its log."""
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-I",
+            guard.__file__,
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=self._environment,
+            cwd=self._private,
+            start_new_session=True,
+        )
+        self._reader = asyncio.create_task(self._read_output(self._process))
+        try:
+            async with asyncio.timeout(self._start_timeout_s):
+                while not await self._is_healthy():
+                    if self._process.returncode is not None:
+                        raise ModelError(f"vLLM does not start: {await self._last_words()}")
+                    await asyncio.sleep(_START_POLL_S)
+        except TimeoutError:
+            words = "\n".join(self._tail)
+            raise ModelError(
+                f"vLLM does not answer within {self._start_timeout_s:g} s; it said last:\n{words}"
+            ) from None
+
+    async def ended(self) -> str:
+        """Wait until it does not serve any more: its process has ended, or it stopped answering. Says which."""
+        assert self._process is not None
+        exited = asyncio.ensure_future(self._process.wait())
+        silent = 0
+        try:
+            while silent < _MAX_SILENT_CHECKS:
+                await asyncio.wait({exited}, timeout=_HEALTH_INTERVAL_S)
+                if exited.done():
+                    return f"its process has ended; {await self._last_words()}"
+                silent = 0 if await self._is_healthy() else silent + 1
+        finally:
+            exited.cancel()
+        return f"it did not answer {silent} health checks in a row"
+
+    async def stop(self) -> None:
+        """End the whole group, politely first, and remove the folder. A second call does nothing."""
+        if self._process is not None:
+            _signal_group(self._process.pid, signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_STOP_GRACE_S):
+                    await self._process.wait()
+            _signal_group(self._process.pid, signal.SIGKILL)
+            await self._process.wait()
+        if self._reader is not None:
+            await self._reader
+        await self._client.aclose()
+        await asyncio.to_thread(shutil.rmtree, self._private, ignore_errors=True)
+
+    async def complete(self, body: Json) -> AsyncGenerator[Chunk, None]:
+        """The chunks of an answer; closing the generator ends the request there. Raises httpx.HTTPError."""
+        async with self._client.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != httpx.codes.OK:
+                yield Chunk(error=_reason(await response.aread(), response.status_code))
+                return
+            async for line in response.aiter_lines():
+                data = line.removeprefix("data: ")
+                if data and data != "[DONE]":
+                    yield read_chunk(json.loads(data), body["logprobs"])
+
+    async def load(self, name: str, folder: Path) -> None:
+        """Serve the adapter of a folder under a name. Raises AdapterRefused with vLLM's reason, httpx.HTTPError."""
+        response = await self._client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
+        if response.status_code != httpx.codes.OK:
+            raise AdapterRefused(f"vLLM refuses adapter {name}: {_reason(response.content, response.status_code)}")
+
+    async def unload(self, name: str) -> None:
+        """Forget a name; its memory goes to the next adapter. Raises httpx.HTTPError."""
+        response = await self._client.post("/v1/unload_lora_adapter", json={"lora_name": name})
+        response.raise_for_status()
+
+    async def _is_healthy(self) -> bool:
+        try:
+            response = await self._client.get("/health", timeout=_HEALTH_TIMEOUT_S)
+        except httpx.HTTPError:
+            return False
+        return response.status_code == httpx.codes.OK
+
+    async def _read_output(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        pending = b""
+        while data := await process.stdout.read(2**16):
+            *lines, pending = (pending + data).split(b"\n")
+            for line in lines:
+                text = line.decode(errors="replace")
+                self._tail.append(text)
+                print(f"vllm: {text}", file=sys.stderr, flush=True)
+
+    async def _last_words(self) -> str:
+        """The last lines of its output, once all of them have come."""
+        assert self._reader is not None
+        await asyncio.wait({self._reader}, timeout=_STOP_GRACE_S)  # the pipe closes with the last of the group
+        return self.said()
+
+    def said(self) -> str:
+        """The errors in the last lines of its output, the first of them first: the others follow from it."""
+        errors = dict.fromkeys(match[0] for line in self._tail if (match := _ERROR.search(line)))
+        lines = list(errors)[:_QUOTED_LINES] or list(self._tail)[-_QUOTED_LINES:]
+        return "it said (more in this process's log):\n  " + "\n  ".join(lines)
+
+
+def _reason(content: bytes, status: int) -> str:
+    try:
+        return error_message(json.loads(content))
+    except ValueError:
+        return f"HTTP {status}: {content[:200].decode(errors='replace')}"
+
+
+def _signal_group(leader: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+        os.killpg(leader, number)
