@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 from cluster.errors import AdapterRefused, ModelError, Overloaded, RequestError, UnknownModel
 from serving.engine.protocol import EngineStats, GenerationRequest, SamplingParams, TokenEvent
@@ -76,7 +76,7 @@ class VllmEngine:
         self._loop: asyncio.AbstractEventLoop
         self._life: asyncio.Task[str]
         self._server: VllmServer
-        self._links: Path
+        self._private: Path  # for sockets and for our links to adapters
         self._changing: asyncio.Lock  # what vLLM serves
         self._news: asyncio.Event  # set, and replaced, whenever a request ends or an adapter has gone
         self._commands: set[asyncio.Task[None]]
@@ -163,8 +163,8 @@ class VllmEngine:
     async def _run(self, ready: "Future[None]") -> None:
         self._loop = asyncio.get_running_loop()
         self._changing, self._news, self._commands = asyncio.Lock(), asyncio.Event(), set()
-        self._links = Path(tempfile.mkdtemp(prefix="luthier-adapters-"))
-        self._server = VllmServer(self._folder, self._options)
+        self._private = Path(tempfile.mkdtemp(prefix="luthier-vllm-"))
+        self._server = VllmServer(self._folder, self._options, self._private)
         with self._lock:
             self._why_not, self._stats = "it is starting", replace(self._stats, alive=True)
             self._life = asyncio.create_task(self._serve(ready))
@@ -192,7 +192,7 @@ class VllmEngine:
             if failures > _MAX_RESTARTS:
                 return f"vLLM failed {failures} times in a row; {why}"
             await asyncio.sleep(_FIRST_BACKOFF_S * 2 ** (failures - 1))
-            began, self._server = self._loop.time(), VllmServer(self._folder, self._options)
+            began, self._server = self._loop.time(), VllmServer(self._folder, self._options, self._private)
             try:
                 await self._bring_up()
                 why = await self._server.ended()
@@ -210,11 +210,11 @@ class VllmEngine:
                     await self._serve_adapter(digest, links)
                 with self._lock:
                     self._why_not = None
-        except (AdapterRefused, RequestError, httpx.HTTPError) as error:
+        except (AdapterRefused, RequestError, aiohttp.ClientError) as error:
             raise ModelError(f"vLLM has started, but fails at once: {error}; {self._server.said()}") from error
 
     async def _warm_up(self, adapter: str | None) -> None:
-        """A greedy and a sampled request. Raises RequestError with vLLM's reason, httpx.HTTPError."""
+        """A greedy and a sampled request. Raises RequestError with vLLM's reason, aiohttp.ClientError."""
         for params in _WARM_UPS:
             body = completion_body(GenerationRequest("warm-up", [0], adapter, params), ())
             async with contextlib.aclosing(self._server.complete(body)) as chunks:
@@ -232,7 +232,7 @@ class VllmEngine:
         await self._server.stop()
         tasks = [live.task for live in unfinished if live.task is not None]
         await asyncio.gather(*tasks, *self._commands, return_exceptions=True)
-        await asyncio.to_thread(shutil.rmtree, self._links, ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, self._private, ignore_errors=True)
 
     # Requests.
 
@@ -241,14 +241,12 @@ class VllmEngine:
             live.task = asyncio.create_task(self._generate(live))
 
     def _cancel(self, live: _Live) -> None:
-        if not live.is_over:
-            self._emit(live, [live.answer.end("cancelled")])
+        self._emit(live, [live.answer.end("cancelled")])
         if live.task is not None:
             live.task.cancel()
 
     def _fail(self, live: _Live, error: str) -> None:
-        if not live.is_over:
-            self._emit(live, [live.answer.end("error", error)])
+        self._emit(live, [live.answer.end("error", error)])
 
     async def _generate(self, live: _Live) -> None:
         """Carry a request to vLLM, and its tokens back."""
@@ -263,7 +261,7 @@ class VllmEngine:
                     if live.is_over:
                         return
             self._fail(live, "vLLM broke the answer off")
-        except httpx.HTTPError as error:
+        except aiohttp.ClientError as error:
             self._fail(live, f"vLLM went away during the answer ({type(error).__name__})")
         except Exception as error:  # whatever else, the stream must end
             _log.exception("request %s broke", live.request.id)
@@ -271,7 +269,7 @@ class VllmEngine:
 
     def _emit(self, live: _Live, events: list[TokenEvent]) -> None:
         """Hand events to the consumer's loop. With the last one the request is over, and its id is free again."""
-        if not events:
+        if live.is_over or not events:
             return
         tokens = sum(event.token_id is not None for event in events)
         prompt = 0 if live.has_tokens or not tokens else len(live.request.prompt_ids)
@@ -304,20 +302,20 @@ class VllmEngine:
                 self._check_serves()
             if len(self._adapters) >= self._options.max_adapters:
                 raise Overloaded(f"all {self._options.max_adapters} adapter slots are taken; unload one first")
-            links = Path(tempfile.mkdtemp(dir=self._links)) / "adapter"
+            links = Path(tempfile.mkdtemp(dir=self._private)) / "adapter"
             try:
                 await asyncio.to_thread(shutil.copytree, folder, links, copy_function=_link)
                 await self._serve_adapter(digest, links)
-            except (AdapterRefused, RequestError, httpx.HTTPError) as error:
+            except (AdapterRefused, RequestError, aiohttp.ClientError) as error:
                 await asyncio.to_thread(shutil.rmtree, links)
-                if isinstance(error, httpx.HTTPError):
+                if isinstance(error, aiohttp.ClientError):
                     raise Overloaded("vLLM went away while it loaded an adapter", _RETRY_AFTER_S) from error
                 raise AdapterRefused(str(error).replace(str(links), str(folder))) from error
             with self._lock:
                 self._adapters[digest] = links
 
     async def _serve_adapter(self, digest: str, links: Path) -> None:
-        """Raises AdapterRefused, RequestError when vLLM cannot use it after all, and httpx.HTTPError."""
+        """Raises AdapterRefused, RequestError when vLLM cannot use it after all, and aiohttp.ClientError."""
         await self._server.load(digest, links)
         if not self._is_lora_warm:
             await self._warm_up(digest)
@@ -339,7 +337,7 @@ class VllmEngine:
                     self._check_serves()
                 is_serving = self._why_not is None
             if is_serving:
-                with contextlib.suppress(httpx.HTTPError):  # it has just ended, and comes back without this adapter
+                with contextlib.suppress(aiohttp.ClientError):  # it has just ended, and comes back without this adapter
                     await self._server.unload(digest)
             with self._lock:
                 del self._adapters[digest]

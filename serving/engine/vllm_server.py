@@ -18,9 +18,10 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import AsyncGenerator
+from http import HTTPStatus
 from pathlib import Path
 
-import httpx
+import aiohttp
 
 from cluster.errors import AdapterRefused, ModelError
 from serving.engine import guard
@@ -29,7 +30,7 @@ from serving.engine.vllm_command import VllmOptions, command, environment
 
 _START_POLL_S = 0.25
 _HEALTH_INTERVAL_S = 5.0
-_HEALTH_TIMEOUT_S = 30.0
+_HEALTH_TIMEOUT = aiohttp.ClientTimeout(total=30.0)
 _MAX_SILENT_CHECKS = 3
 _STOP_GRACE_S = 10.0
 _TAIL_LINES = 400  # an error, its tracebacks in three processes, and their shutting down
@@ -40,20 +41,15 @@ _ERROR = re.compile(r"\b\w+(Error|Exception): .*")
 class VllmServer:
     """A running vLLM; used from one asyncio loop. It starts once and stops once: make another to restart."""
 
-    def __init__(self, folder: Path, options: VllmOptions) -> None:
-        """Make the private folder; nothing runs yet."""
-        self._private = Path(tempfile.mkdtemp(prefix="luthier-vllm-"))
-        socket = self._private / "api"
-        self._command = command(folder, options, socket)
-        self._environment = environment(os.environ, options, self._private)
+    def __init__(self, folder: Path, options: VllmOptions, private: Path) -> None:
+        """`private` is a folder that only we can enter; guard.py removes it should we die. Nothing runs yet."""
+        self._private = private
+        self._temporary = Path(tempfile.mkdtemp(dir=private))
+        self.socket = self._temporary / "api"
+        self._command = command(folder, options, self.socket)
+        self._environment = environment(os.environ, options, self._temporary)
         self._start_timeout_s = options.start_timeout_s
-        # A connection is used once: one that waits here for the next request may be closed there just then.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        self._client = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(uds=str(socket), limits=limits),
-            base_url="http://vllm",
-            timeout=None,  # noqa: S113 - an answer takes what it takes; a server that hangs is found by its health
-        )
+        self._session: aiohttp.ClientSession | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
@@ -64,15 +60,23 @@ class VllmServer:
             sys.executable,
             "-I",
             guard.__file__,
+            str(self._private),
             *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env=self._environment,
-            cwd=self._private,
+            cwd=self._temporary,
             start_new_session=True,
         )
         self._reader = asyncio.create_task(self._read_output(self._process))
+        # A connection is used once: one that waits here for the next request may be closed there just then. An answer
+        # takes what it takes: a server that hangs is found by its health.
+        self._session = aiohttp.ClientSession(
+            "http://vllm",
+            connector=aiohttp.UnixConnector(str(self.socket), limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=None),
+        )
         try:
             async with asyncio.timeout(self._start_timeout_s):
                 while not await self._is_healthy():
@@ -101,7 +105,7 @@ class VllmServer:
         return f"it did not answer {silent} health checks in a row"
 
     async def stop(self) -> None:
-        """End the whole group, politely first, and remove the folder. A second call does nothing."""
+        """End the whole group, politely first, and remove its files. A second call does nothing."""
         if self._process is not None:
             _signal_group(self._process.pid, signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
@@ -111,37 +115,47 @@ class VllmServer:
             await self._process.wait()
         if self._reader is not None:
             await self._reader
-        await self._client.aclose()
-        await asyncio.to_thread(shutil.rmtree, self._private, ignore_errors=True)
+        if self._session is not None:
+            await self._session.close()
+        await asyncio.to_thread(shutil.rmtree, self._temporary, ignore_errors=True)
 
     async def complete(self, body: Json) -> AsyncGenerator[Chunk, None]:
-        """The chunks of an answer; closing the generator ends the request there. Raises httpx.HTTPError."""
-        async with self._client.stream("POST", "/v1/completions", json=body) as response:
-            if response.status_code != httpx.codes.OK:
-                yield Chunk(error=_reason(await response.aread(), response.status_code))
+        """The chunks of an answer; closing the generator ends the request there. Raises aiohttp.ClientError."""
+        async with self._open_session.post("/v1/completions", json=body) as response:
+            if response.status != HTTPStatus.OK:
+                yield Chunk(error=await _reason(response))
                 return
-            async for line in response.aiter_lines():
-                data = line.removeprefix("data: ")
-                if data and data != "[DONE]":
-                    yield read_chunk(json.loads(data), body["logprobs"])
+            pending = b""
+            async for data in response.content.iter_any():
+                *lines, pending = (pending + data).split(b"\n")
+                for line in lines:
+                    event = line.strip().removeprefix(b"data: ")
+                    if event and event != b"[DONE]":
+                        yield read_chunk(json.loads(event), body["logprobs"])
 
     async def load(self, name: str, folder: Path) -> None:
-        """Serve the adapter of a folder under a name. Raises AdapterRefused with vLLM's reason, httpx.HTTPError."""
-        response = await self._client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": str(folder)})
-        if response.status_code != httpx.codes.OK:
-            raise AdapterRefused(f"vLLM refuses adapter {name}: {_reason(response.content, response.status_code)}")
+        """Serve the adapter of a folder under a name. Raises AdapterRefused with vLLM's reason, aiohttp.ClientError."""
+        body = {"lora_name": name, "lora_path": str(folder)}
+        async with self._open_session.post("/v1/load_lora_adapter", json=body) as response:
+            if response.status != HTTPStatus.OK:
+                raise AdapterRefused(f"vLLM refuses adapter {name}: {await _reason(response)}")
 
     async def unload(self, name: str) -> None:
-        """Forget a name; its memory goes to the next adapter. Raises httpx.HTTPError."""
-        response = await self._client.post("/v1/unload_lora_adapter", json={"lora_name": name})
-        response.raise_for_status()
+        """Forget a name; its memory goes to the next adapter. Raises aiohttp.ClientError."""
+        async with self._open_session.post("/v1/unload_lora_adapter", json={"lora_name": name}) as response:
+            response.raise_for_status()
+
+    @property
+    def _open_session(self) -> aiohttp.ClientSession:
+        assert self._session is not None, "it was not started"
+        return self._session
 
     async def _is_healthy(self) -> bool:
         try:
-            response = await self._client.get("/health", timeout=_HEALTH_TIMEOUT_S)
-        except httpx.HTTPError:
+            async with self._open_session.get("/health", timeout=_HEALTH_TIMEOUT) as response:
+                return response.status == HTTPStatus.OK
+        except (aiohttp.ClientError, TimeoutError):
             return False
-        return response.status_code == httpx.codes.OK
 
     async def _read_output(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
@@ -166,11 +180,12 @@ class VllmServer:
         return "it said (more in this process's log):\n  " + "\n  ".join(lines)
 
 
-def _reason(content: bytes, status: int) -> str:
+async def _reason(response: aiohttp.ClientResponse) -> str:
+    content = await response.read()
     try:
         return error_message(json.loads(content))
     except ValueError:
-        return f"HTTP {status}: {content[:200].decode(errors='replace')}"
+        return f"HTTP {response.status}: {content[:200].decode(errors='replace')}"
 
 
 def _signal_group(leader: int, number: signal.Signals) -> None:
