@@ -17,6 +17,7 @@
     vllm_answer     its tokens → our events, by the native engine's rules
     vllm_api        its HTTP API in our terms
     vllm_server     one run of it: start, health, requests, end
+    vllm_zero       an adapter that changes nothing, for the base on a CPU
     vllm_command    its command line and what it sees of our environment
     guard           runs it, and ends all of it when we end
 

@@ -30,9 +30,10 @@ from cluster.errors import AdapterRefused, ModelError, Overloaded, RequestError,
 from serving.engine.protocol import EngineStats, GenerationRequest, SamplingParams, TokenEvent
 from serving.engine.streams import EventStream
 from serving.engine.vllm_answer import Answer, ModelFacts, read_facts
-from serving.engine.vllm_api import completion_body
+from serving.engine.vllm_api import BASE_NAME, completion_body
 from serving.engine.vllm_command import VllmOptions
 from serving.engine.vllm_server import VllmServer
+from serving.engine.vllm_zero import ZERO_NAME, write_zero_adapter
 
 _MAX_RESTARTS = 5  # in a row; the wait before each is twice the one before
 _FIRST_BACKOFF_S = 1.0
@@ -63,6 +64,7 @@ class VllmEngine:
     def __init__(self, folder: Path, options: VllmOptions) -> None:
         self._folder = folder
         self._options = options
+        self._base = BASE_NAME if options.num_gpus else ZERO_NAME  # what answers without an adapter (vllm_zero.py)
         self._facts: ModelFacts
         self._max_context: int
         self._thread: threading.Thread | None = None
@@ -204,6 +206,8 @@ class VllmEngine:
         self._is_lora_warm = False
         await self._server.start()
         try:
+            if self._base == ZERO_NAME:
+                await self._server.load(ZERO_NAME, self._zero_adapter())
             await self._warm_up(None)
             async with self._changing:
                 for digest, links in list(self._adapters.items()):
@@ -213,10 +217,16 @@ class VllmEngine:
         except (AdapterRefused, RequestError, aiohttp.ClientError) as error:
             raise ModelError(f"vLLM has started, but fails at once: {error}; {self._server.said()}") from error
 
+    def _zero_adapter(self) -> Path:
+        folder = self._private / ZERO_NAME
+        if not folder.exists():
+            write_zero_adapter(self._folder, folder)
+        return folder
+
     async def _warm_up(self, adapter: str | None) -> None:
         """A greedy and a sampled request. Raises RequestError with vLLM's reason, aiohttp.ClientError."""
         for params in _WARM_UPS:
-            body = completion_body(GenerationRequest("warm-up", [0], adapter, params), ())
+            body = completion_body(GenerationRequest("warm-up", [0], adapter, params), (), self._base)
             async with contextlib.aclosing(self._server.complete(body)) as chunks:
                 async for chunk in chunks:
                     if chunk.error is not None:
@@ -250,7 +260,7 @@ class VllmEngine:
 
     async def _generate(self, live: _Live) -> None:
         """Carry a request to vLLM, and its tokens back."""
-        body = completion_body(live.request, self._facts.eos_ids)
+        body = completion_body(live.request, self._facts.eos_ids, self._base)
         try:
             async with contextlib.aclosing(self._server.complete(body)) as chunks:
                 async for chunk in chunks:

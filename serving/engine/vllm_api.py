@@ -44,11 +44,11 @@ class Chunk:
     error: str | None = None
 
 
-def completion_body(request: GenerationRequest, eos_ids: Iterable[int]) -> Json:
-    """What to POST for a request; `eos_ids` end the answer."""
+def completion_body(request: GenerationRequest, eos_ids: Iterable[int], base: str = BASE_NAME) -> Json:
+    """What to POST for a request; `eos_ids` end the answer, `base` is asked when no adapter is."""
     params = request.params
     return {
-        "model": request.adapter or BASE_NAME,
+        "model": request.adapter or base,
         "prompt": request.prompt_ids,
         "stream": True,
         "return_token_ids": True,

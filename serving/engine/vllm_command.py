@@ -51,6 +51,7 @@ def find_python(configured: str | None) -> Path:
 
 def command(folder: Path, options: VllmOptions, socket: Path) -> list[str]:
     """vLLM's command line; it is to listen on `socket`."""
+    slots = options.max_adapters + (0 if options.num_gpus else 1)  # the zero adapter's (vllm_zero.py)
     settings: dict[str, object] = {
         "model": folder,
         "served-model-name": BASE_NAME,
@@ -58,8 +59,8 @@ def command(folder: Path, options: VllmOptions, socket: Path) -> list[str]:
         "dtype": options.dtype,
         "max-num-seqs": options.max_running,
         "max-num-batched-tokens": options.max_batch_tokens,
-        "max-loras": options.max_adapters,
-        "max-cpu-loras": options.max_adapters,
+        "max-loras": slots,
+        "max-cpu-loras": slots,
         "max-lora-rank": next(rank for rank in RANKS if rank >= options.max_rank),
         "generation-config": "vllm",  # no defaults of the model's: each request says all
         "logprobs-mode": "raw_logprobs",

@@ -174,10 +174,14 @@ class VllmServer:
         return self.said()
 
     def said(self) -> str:
-        """The errors in the last lines of its output, the first of them first: the others follow from it."""
-        errors = dict.fromkeys(match[0] for line in self._tail if (match := _ERROR.search(line)))
-        lines = list(errors)[:_QUOTED_LINES] or list(self._tail)[-_QUOTED_LINES:]
-        return "it said (more in this process's log):\n  " + "\n  ".join(lines)
+        """The errors in the last lines of its output, each with what explains it; the first is the cause of others."""
+        lines = [line for line in self._tail if " WARNING " not in line and line.strip()]
+        quoted: dict[str, None] = {}
+        for place, line in enumerate(lines):
+            if match := _ERROR.search(line):
+                quoted |= dict.fromkeys([match[0], *lines[place + 1 : place + 3]])
+        chosen = list(quoted)[:_QUOTED_LINES] or lines[-_QUOTED_LINES:]
+        return "it said (more in this process's log):\n  " + "\n  ".join(chosen)
 
 
 async def _reason(response: aiohttp.ClientResponse) -> str:

@@ -285,6 +285,18 @@ def test_unload_refuses_new_requests_at_once_and_waits_for_running_ones(engine: 
     asyncio.run(main())
 
 
+def test_the_base_stays_the_base_however_many_adapters_have_come_and_gone(engine: VllmEngine, model: TinyModel) -> None:
+    """On a CPU vLLM 0.32 gives rows without an adapter the last slot's, once all are filled (vllm_zero.py)."""
+
+    async def main() -> None:
+        for recipe in RECIPES * 2:
+            await engine.unload_adapter(digest_of(model, recipe))
+            await engine.load_adapter(digest_of(model, recipe), model.adapter(recipe))
+        await check_answers(engine, model, 24)
+
+    asyncio.run(main())
+
+
 def test_errors_come_at_submit_before_any_token(engine: VllmEngine, model: TinyModel) -> None:
     prompt = endless_prompt(model, None, LONG)
 
@@ -341,15 +353,13 @@ def test_an_adapter_that_vllm_cannot_use_is_refused_with_its_reason(
 
 
 @pytest.mark.parametrize("victim", ["VLLM::EngineCore", "vllm.entrypoints.openai.api_server"])
-def test_vllm_comes_back_after_it_was_killed(victim: str, engine: VllmEngine, model: TinyModel) -> None:
+def test_vllm_comes_back_after_it_was_killed(
+    victim: str, engine: VllmEngine, model: TinyModel, very_long: list[int]
+) -> None:
     """Its core, which its API server must notice, and the API server itself."""
-    prompt = endless_prompt(model, RECIPES[0], LONG)
 
     async def main() -> None:
-        streams = [
-            engine.submit(greedy(f"r{index}", prompt, model.digest(recipe), LONG))
-            for index, recipe in enumerate((None, RECIPES[0], RECIPES[0]))
-        ]
+        streams = [engine.submit(greedy(f"r{index}", very_long, None, VERY_LONG)) for index in range(3)]
         for stream in streams:
             await anext(stream)
         family = descendants(os.getpid())
@@ -364,9 +374,8 @@ def test_vllm_comes_back_after_it_was_killed(victim: str, engine: VllmEngine, mo
         assert {error.retry_after_s for error in refusals} == {10}
         assert all("is being restarted" in str(error) for error in refusals)
         await check_answers(engine, model, 24)
-        model.expected(RECIPES[0], prompt, 20).check(
-            await tokens_of(engine, greedy("again", prompt, "sha256:sixth", 20))
-        )
+        prompt = model.prompt(2, 12)
+        model.expected(RECIPES[0], prompt, 8).check(await tokens_of(engine, greedy("again", prompt, "sha256:sixth", 8)))
 
     asyncio.run(main())
     assert engine.stats().alive
@@ -387,7 +396,7 @@ async def until_served(engine: Engine) -> list[Overloaded]:
                 return refusals
 
 
-def test_stop_ends_every_stream_and_every_process(engine: VllmEngine, model: TinyModel) -> None:
+def test_stop_ends_every_stream_and_every_process(engine: VllmEngine, model: TinyModel, very_long: list[int]) -> None:
     prompt = endless_prompt(model, RECIPES[0], LONG)
     handles = [os.pidfd_open(pid) for pid, line in descendants(os.getpid()).items() if "vllm" in line.lower()]
     assert len(handles) >= 4, "the guard, the API server, the core and a worker"
@@ -395,7 +404,6 @@ def test_stop_ends_every_stream_and_every_process(engine: VllmEngine, model: Tin
     async def main() -> None:
         digest = digest_of(model, RECIPES[0])
         streams = [engine.submit(greedy(str(index), prompt, digest, LONG)) for index in range(3)]
-        await anext(streams[0])
         unloading = asyncio.create_task(engine.unload_adapter(digest))
         await asyncio.sleep(0)
         await asyncio.to_thread(engine.stop)
