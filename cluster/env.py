@@ -19,3 +19,6 @@ DS_ACCELERATOR = "DS_ACCELERATOR"
 
 TORCH_EXTENSIONS_DIR = "TORCH_EXTENSIONS_DIR"
 """Where torch keeps compiled operations; set for training workers that run in a virtual environment."""
+
+LUTHIER_VLLM_PYTHON = "LUTHIER_VLLM_PYTHON"
+"""The interpreter of vLLM's environment on each node. Default: .venv-vllm beside our packages."""

@@ -1,8 +1,17 @@
 """WHAT is served and how: the schema of `configs/serving/NAME.yaml`. Defaults live here and nowhere else."""
 
-from typing import Annotated
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 from cluster import keys
 from cluster.config import Config, Reference
@@ -11,15 +20,14 @@ from cluster.models import ModelConfig
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
-class EngineConfig(Config):
-    """The native engine of each replica: what bounds its batches and its memory."""
+class _EngineLimits(Config):
+    """What bounds the batches and the adapters of each replica's engine, whichever it is."""
 
     max_adapters: PositiveInt = Field(16, description="adapters in the engine at once; others replace idle ones")
     max_rank: PositiveInt = Field(64, description="largest LoRA rank that is accepted")
     max_batch_tokens: PositiveInt = Field(512, description="tokens of one forward pass; long prompts come in chunks")
     max_running: PositiveInt = Field(64, description="sequences that generate at once")
     max_waiting: PositiveInt = Field(256, description="sequences that wait in the engine before it answers 429")
-    kv_tokens: PositiveInt = Field(16384, description="tokens that all running sequences hold together")
     prefix_cache: bool = Field(
         True, description="prompts that begin alike are computed once for each adapter, while there is memory"
     )
@@ -29,14 +37,59 @@ class EngineConfig(Config):
     )
     threads: PositiveInt = Field(1, description="torch threads of a replica")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_named(cls, given: Any) -> Any:
+        """`engine: vllm` is short for `engine: {kind: vllm}`."""
+        return {"kind": given} if isinstance(given, str) else given
+
     @model_validator(mode="after")
-    def _fits(self) -> "EngineConfig":
+    def _fits(self) -> Self:
         if self.max_running > self.max_batch_tokens:
             raise ValueError(
                 f"max_running {self.max_running} is more than max_batch_tokens {self.max_batch_tokens}: "
                 "each running sequence takes one token of a forward pass"
             )
         return self
+
+
+class EngineConfig(_EngineLimits):
+    """The native engine, in the replica's own process."""
+
+    kind: Literal["native"] = "native"
+    kv_tokens: PositiveInt = Field(16384, description="tokens that all running sequences hold together")
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """What one sequence can hold as far as the engine goes."""
+        return min(self.kv_tokens, self.max_context or self.kv_tokens)
+
+
+class VllmConfig(_EngineLimits):
+    """vLLM, in a process and an environment of its own on the replica's node (`scripts/setup-vllm` makes one)."""
+
+    kind: Literal["vllm"] = "vllm"
+    max_rank: Annotated[int, Field(ge=1, le=512)] = Field(64, description="largest LoRA rank that is accepted")
+    python: str | None = Field(
+        None, description="its environment's interpreter, on each node; not set: LUTHIER_VLLM_PYTHON, or .venv-vllm"
+    )
+    kv_bytes: PositiveInt | None = Field(
+        None, description="memory for keys and values; not set: 4 GiB on a CPU, what is left of it on a GPU"
+    )
+    start_timeout_s: PositiveFloat = Field(1800.0, description="how long it may take to load, compile and answer")
+    arguments: str = Field("", description="more of vLLM's own arguments, written as in a shell")
+
+    @property
+    def max_sequence_tokens(self) -> int | None:
+        """What one sequence can hold as far as the engine goes."""
+        return self.max_context
+
+
+def _engine_kind(given: Any) -> str | None:
+    """Which engine a section is for: it says so, or is nothing but the name; else it is the native one."""
+    if isinstance(given, str):
+        return given
+    return given.get("kind", "native") if isinstance(given, dict) else getattr(given, "kind", None)
 
 
 class ReplicaConfig(Config):
@@ -100,7 +153,14 @@ class ServingConfig(Config):
     name: str = Field(description="of the Serve application; deploying the same name again updates it")
     model: Annotated[ModelConfig, Reference("models")]
     store: str = Field(description="s3://bucket/prefix or file:///folder, where adapters are published")
-    engine: EngineConfig = EngineConfig()
+    engine: Annotated[
+        Annotated[EngineConfig, Tag("native")] | Annotated[VllmConfig, Tag("vllm")],
+        Discriminator(
+            _engine_kind,
+            custom_error_type="engine_kind",
+            custom_error_message="write native or vllm, or a section whose kind is one of them",
+        ),
+    ] = EngineConfig()
     replicas: ReplicaConfig = ReplicaConfig()
     http: HttpConfig = HttpConfig()
     adapters: AdaptersConfig = AdaptersConfig()

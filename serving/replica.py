@@ -10,6 +10,8 @@ Serve cancels the generator when the client goes away; that is the only signal, 
 
 import asyncio
 import logging
+import math
+import shlex
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -30,10 +32,11 @@ from serving import affinity
 from serving.adapters import SPARE_SLOTS, AdapterCache
 from serving.autoscale import ReplicaLoad
 from serving.calls import Accepted, Call, ChoiceEvent, ReplicaStatus
-from serving.config import ServingConfig
+from serving.config import EngineConfig, ServingConfig, VllmConfig
 from serving.demand import Demand, Wanted, most_wanted, warm
 from serving.downloads import Downloads
 from serving.engine.protocol import Engine, GenerationRequest, TokenStream
+from serving.engine.vllm_command import VllmOptions, find_python
 from serving.gauges import EngineGauges
 from serving.pins import keep_pinned
 from serving.protocol import choice_seed
@@ -41,6 +44,7 @@ from serving.resolver import Resolver
 
 _METRICS_INTERVAL_S = 5.0
 _DEMAND_TIMEOUT_S = 10.0
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 _MESSAGE_INTERVAL_S = 0.02
 """A message from replica to client costs Ray and Serve about 1 ms of CPU: 32 streams of a tiny model, a message a
@@ -59,9 +63,11 @@ class Replica:
 
         self._teardown = ExitStack()  # first, because __del__ runs even when what follows fails
         self._base = base
+        if config.engine.kind == "vllm":
+            find_python(config.engine.python)  # before anything is fetched
         store = open_store(config.store)
         folder = models.fetch(config.model, base, store)
-        limits = (models.read_shape(folder).max_position_embeddings, config.engine.kv_tokens, config.engine.max_context)
+        limits = (models.read_shape(folder).max_position_embeddings, config.engine.max_sequence_tokens)
         self._max_context = min(limit for limit in limits if limit is not None)
         self._default_max_tokens = config.engine.default_max_tokens
         self._prompts = Prompts(folder, self._max_context)
@@ -232,23 +238,9 @@ class Replica:
 
 
 def start_engine(folder: Path, config: ServingConfig) -> Engine:
-    """The native engine on this node's device, ready. Raises ModelError."""
-    from serving.engine.native import NativeEngine, NativeOptions
-
-    engine = NativeEngine(
-        folder,
-        NativeOptions(
-            dtype={"fp32": "float32", "bf16": "bfloat16"}[config.model.dtype],
-            device="cuda" if config.replicas.gpus else "cpu",
-            kv_tokens=config.engine.kv_tokens,
-            max_batch_tokens=config.engine.max_batch_tokens,
-            max_running=config.engine.max_running,
-            max_waiting=config.engine.max_waiting,
-            max_adapters=config.engine.max_adapters + SPARE_SLOTS,
-            max_rank=config.engine.max_rank,
-            prefix_cache=config.engine.prefix_cache,
-            num_threads=config.engine.threads,
-        ),
+    """The configured engine on this node's device, ready. Raises ModelError."""
+    engine = (
+        _vllm(folder, config, config.engine) if config.engine.kind == "vllm" else _native(folder, config, config.engine)
     )
     engine.start()
     return engine
@@ -264,6 +256,50 @@ async def _ask_all_for_demand() -> list[list[Wanted]]:
     finally:
         await replicas.shutdown_async()  # or it reports to the controller for as long as this process lives
     return [each for each in answers if isinstance(each, list)]
+
+
+def _native(folder: Path, config: ServingConfig, engine: EngineConfig) -> Engine:
+    from serving.engine.native import NativeEngine, NativeOptions
+
+    return NativeEngine(
+        folder,
+        NativeOptions(
+            dtype=_DTYPES[config.model.dtype],
+            device="cuda" if config.replicas.gpus else "cpu",
+            kv_tokens=engine.kv_tokens,
+            max_batch_tokens=engine.max_batch_tokens,
+            max_running=engine.max_running,
+            max_waiting=engine.max_waiting,
+            max_adapters=engine.max_adapters + SPARE_SLOTS,
+            max_rank=engine.max_rank,
+            prefix_cache=engine.prefix_cache,
+            num_threads=engine.threads,
+        ),
+    )
+
+
+def _vllm(folder: Path, config: ServingConfig, engine: VllmConfig) -> Engine:
+    from serving.engine.vllm import VllmEngine
+
+    return VllmEngine(
+        folder,
+        VllmOptions(
+            python=find_python(engine.python),
+            dtype=_DTYPES[config.model.dtype],
+            num_gpus=math.ceil(config.replicas.gpus),
+            kv_bytes=engine.kv_bytes,
+            max_context=engine.max_context,
+            max_batch_tokens=engine.max_batch_tokens,
+            max_running=engine.max_running,
+            max_waiting=engine.max_waiting,
+            max_adapters=engine.max_adapters + SPARE_SLOTS,
+            max_rank=engine.max_rank,
+            prefix_cache=engine.prefix_cache,
+            num_threads=engine.threads,
+            start_timeout_s=engine.start_timeout_s,
+            arguments=tuple(shlex.split(engine.arguments)),
+        ),
+    )
 
 
 async def _merge(streams: list[TokenStream]) -> AsyncGenerator[list[ChoiceEvent], None]:

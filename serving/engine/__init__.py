@@ -1,7 +1,8 @@
 """The engine: tokens for many requests, and many adapters, from one base model in one forward pass.
 
     protocol    what an engine is; requests, parameters, events (no torch)
-    native      our engine: a thread around the core, streams for asyncio
+    native      our engine: a thread around the core
+    streams     an engine's events, handed to whoever asked in an asyncio loop
     core        the engine without its thread: plan, execute, commit
     scheduler   who is in the next step, with how many tokens
     fairness    whose turn it is among those who wait        pace   how long more work will take
@@ -13,6 +14,14 @@
     kernels     the two products of decode that torch has no fast way for on a CPU (kernels.c)
     sampling    logits → token        text    tokens → text that may be shown
     grammar     which tokens may follow in an answer that must be JSON, or match a pattern
+
+    vllm            the second engine: vLLM in a process of its own, watched and restarted
+    vllm_answer     its tokens → our events, by the native engine's rules
+    vllm_api        its HTTP API in our terms
+    vllm_server     one run of it: start, health, requests, end
+    vllm_zero       an adapter that changes nothing, for the base on a CPU
+    vllm_command    its command line and what it sees of our environment
+    guard           runs it, and ends all of it when we end
 
 Import what you need from its module; this package imports nothing, so that protocol stays free of torch.
 """

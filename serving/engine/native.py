@@ -24,6 +24,7 @@ from serving.engine.model import PackedModel
 from serving.engine.pace import Pace
 from serving.engine.protocol import EngineStats, GenerationRequest, Grammar, TokenEvent
 from serving.engine.scheduler import Limits, Scheduler
+from serving.engine.streams import EventStream
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class NativeEngine:
         self._core: EngineCore | None = None  # only while it serves
         self._why_not = "it was not started"
         self._last_stats = EngineStats(alive=False)
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, EventStream] = {}
         self._commands: list[_Command] = []
         self._pace = Pace()  # in tokens
         self._is_stopping = False
@@ -91,9 +92,9 @@ class NativeEngine:
             grammars = self._serving_core().grammars
         grammars.compile(grammar)
 
-    def submit(self, request: GenerationRequest) -> "_Stream":
+    def submit(self, request: GenerationRequest) -> EventStream:
         """Queue a request and return its stream; see Engine.submit for the errors."""
-        stream = _Stream(self, request.id, asyncio.get_running_loop())
+        stream = EventStream(request.id, asyncio.get_running_loop(), self.cancel)
         with self._wake:
             core = self._serving_core()
             try:
@@ -215,38 +216,7 @@ class NativeEngine:
                     self.cancel(stream.request_id)
 
 
-class _Stream:
-    """The events of one request, for one consumer in the loop that submitted it (a TokenStream)."""
-
-    def __init__(self, engine: NativeEngine, request_id: str, loop: asyncio.AbstractEventLoop) -> None:
-        self.request_id = request_id
-        self.loop = loop
-        self.events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        self._engine = engine
-        self._is_over = False
-
-    def __aiter__(self) -> "_Stream":
-        return self
-
-    async def __anext__(self) -> TokenEvent:
-        if self._is_over:
-            raise StopAsyncIteration
-        try:
-            event = await self.events.get()
-        except asyncio.CancelledError:
-            await self.aclose()
-            raise
-        self._is_over = event.finish_reason is not None
-        return event
-
-    async def aclose(self) -> None:
-        """Cancel the request if it still runs; no event comes after this."""
-        if not self._is_over:
-            self._is_over = True
-            self._engine.cancel(self.request_id)
-
-
-_Outbox = dict[asyncio.AbstractEventLoop, list[tuple[_Stream, TokenEvent]]]
+_Outbox = dict[asyncio.AbstractEventLoop, list[tuple[EventStream, TokenEvent]]]
 
 
 def load_core(folder: Path, options: NativeOptions) -> EngineCore:
@@ -283,6 +253,6 @@ def _settle(done: "Future[None]", error: Exception | None) -> None:
         done.set_exception(error)
 
 
-def _put_all(batch: list[tuple[_Stream, TokenEvent]]) -> None:
+def _put_all(batch: list[tuple[EventStream, TokenEvent]]) -> None:
     for stream, event in batch:
-        stream.events.put_nowait(event)
+        stream.put([event])

@@ -68,7 +68,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def make_config(architecture: str) -> Any:
+def make_config(architecture: str, **changes: Any) -> Any:
     """A two- to four-layer config: grouped-query attention, and sliding windows much shorter than the prompts."""
     shape = {
         "vocab_size": 384,
@@ -84,6 +84,7 @@ def make_config(architecture: str) -> Any:
         "eos_token_id": 1,
         "pad_token_id": 0,
         "tie_word_embeddings": False,
+        **changes,
     }
     mixed = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
     gemma = {**shape, **mixed, "sliding_window": 7, "query_pre_attn_scalar": 10}
@@ -156,11 +157,11 @@ class Expected:
 class TinyModel:
     """A base model folder with its adapters, and peft's answers for them."""
 
-    def __init__(self, root: Path, architecture: str) -> None:
+    def __init__(self, root: Path, architecture: str, **changes: Any) -> None:
         self.architecture = architecture
         self.folder = root / architecture
         torch.manual_seed(7)
-        model = AutoModelForCausalLM.from_config(make_config(architecture), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(make_config(architecture, **changes), dtype=torch.float32)
         model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
         model.save_pretrained(self.folder)
         make_tokenizer().save_pretrained(self.folder)
