@@ -18,7 +18,7 @@ from cluster.errors import ModelError
 ZERO_NAME = "zero"
 """What it is served as."""
 
-_LINEAR = re.compile(r"^(?P<module>.*layers\.0\..*(?P<name>q_proj|qkv_proj|o_proj|down_proj))\.weight$")
+_LINEAR = re.compile(r"^(?P<module>.*layers\.0\..*(q_proj|qkv_proj|o_proj))\.weight$")
 
 
 def write_zero_adapter(model: Path, folder: Path) -> None:
@@ -32,15 +32,15 @@ def write_zero_adapter(model: Path, folder: Path) -> None:
         for tensor, shape in shapes.items():
             match = _LINEAR.match(tensor)
             if match is not None and len(shape) == 2:
-                _write(folder, match["module"], match["name"], shape)
+                _write(folder, match["module"], shape)
                 return
     raise ModelError(f"{model}: no linear layer of a decoder is found in it; vLLM can serve it on a GPU only")
 
 
-def _write(folder: Path, module: str, name: str, shape: list[int]) -> None:
+def _write(folder: Path, module: str, shape: list[int]) -> None:
     out_features, in_features = shape
     folder.mkdir()
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [name], "bias": "none"}
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [module], "bias": "none"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     sides = {"A": np.zeros((1, in_features), np.float32), "B": np.zeros((out_features, 1), np.float32)}
     named = {f"base_model.model.{module}.lora_{side}.weight": zeros for side, zeros in sides.items()}

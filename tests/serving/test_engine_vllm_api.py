@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import PeftModel
 
 from cluster.config import load
 from cluster.errors import ConfigError, ModelError
 from serving.config import EngineConfig, ServingConfig, VllmConfig
+from serving.engine.adapter import read_adapter
 from serving.engine.protocol import GenerationRequest, SamplingParams, TokenEvent
 from serving.engine.vllm_answer import Answer, ModelFacts, read_facts
 from serving.engine.vllm_api import Chunk, Json, completion_body, read_chunk
 from serving.engine.vllm_command import VllmOptions, command, environment, find_python
+from serving.engine.vllm_zero import write_zero_adapter
 from tests.serving.conftest import make_tokenizer
 
 if TYPE_CHECKING:
@@ -152,6 +155,26 @@ def test_the_facts_of_a_model_are_those_of_the_native_engine(
     )
     with pytest.raises(ModelError, match="cannot be read"):
         read_facts(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "mistral", "gemma2", "qwen3_moe"])
+def test_the_zero_adapter_fits_its_model_and_changes_nothing(
+    architecture: str, tiny: Callable[[str], TinyModel], drive: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tiny(architecture)
+    write_zero_adapter(model.folder, tmp_path / "zero")
+    adapter = read_adapter("zero", tmp_path / "zero", drive(model).core.target)
+    ((module, pair),) = adapter.pairs.items()
+    assert adapter.rank == 1
+    assert not pair.a.any()
+    assert not pair.b.any()
+    judge = PeftModel.from_pretrained(model.load(), tmp_path / "zero")
+    assert judge.base_model.targeted_module_names == [module]
+
+
+def test_a_model_without_linear_layers_that_we_know_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="can serve it on a GPU only"):
+        write_zero_adapter(tmp_path, tmp_path / "zero")
 
 
 HEAD = "name: a\nmodel: {name: b, source: ./b, licence: mit}\nstore: file:///tmp/s\n"
