@@ -67,11 +67,13 @@ def deployed(unserved: Served, engine: VllmConfig) -> Served:
     return replace(unserved, url=deploy.deploy(config, 600.0, lambda line: None))
 
 
-def expected_text(served: Served, recipe: LoraRecipe | None) -> str:
+def expected_answer(served: Served, recipe: LoraRecipe | None) -> tuple[str, str, int]:
+    """What peft and `generate` answer: the text, why it ends, and its tokens."""
     prompt = list(make_tokenizer()(PROMPT, add_special_tokens=False)["input_ids"])
     expected = served.model.expected(recipe, prompt, 8)
     assert min(expected.margins) > NEAR_TIE, "this prompt lies on a near tie, choose another"
-    return str(make_tokenizer().decode(expected.tokens, skip_special_tokens=True))
+    text = str(make_tokenizer().decode(expected.tokens, skip_special_tokens=True))
+    return text, "stop" if expected.tokens[-1] == 1 else "length", len(expected.tokens)
 
 
 def test_a_node_without_the_environment_is_told_before_anything_is_served(unserved: Served) -> None:
@@ -83,19 +85,22 @@ def test_a_node_without_the_environment_is_told_before_anything_is_served(unserv
 def test_the_base_and_its_adapters_answer_over_http(unserved: Served) -> None:
     served = deployed(unserved, VllmConfig(python=str(PYTHON), kv_bytes=2**26, max_adapters=2, max_rank=8))
     client = served.client()
+    generated = 0
     for name, recipe in (("base", None), *served.recipes.items()):
         model = BASE if recipe is None else name
         answer = client.chat.completions.with_raw_response.create(
             model=model, messages=MESSAGES, max_tokens=8, temperature=0
         )
         choice = answer.parse().choices[0]
-        assert (choice.message.content, choice.finish_reason) == (expected_text(served, recipe), "length")
+        text, end, tokens = expected_answer(served, recipe)
+        assert (choice.message.content, choice.finish_reason) == (text, end)
+        generated += 2 * tokens
         assert answer.headers["x-luthier-adapter"] == (BASE if recipe is None else f"{name}@1")
         pieces = client.completions.create(model=model, prompt=PROMPT, max_tokens=8, temperature=0, stream=True)
-        assert "".join(piece.choices[0].text for piece in pieces) == expected_text(served, recipe)
+        assert "".join(piece.choices[0].text for piece in pieces) == text
     with pytest.raises(openai.NotFoundError, match="patterns"):
         client.chat.completions.create(model="nobody", messages=MESSAGES)
     (replica,) = deploy.status(APPLICATION)[1]
     assert replica.alive
     assert set(replica.adapters) == {"plain@1", "patterns@1"}
-    assert replica.generated_tokens == 6 * 8
+    assert replica.generated_tokens == generated
