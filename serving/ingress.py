@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from contextvars import Context
 from typing import Any
 
 from ray.exceptions import RayError, RayTaskError
@@ -164,6 +165,11 @@ class Ingress:
 
     async def _prefetch(self, record: AdapterRecord) -> None:
         """Have the replica load an adapter that will get the next request for it."""
+        # Not in the context of the request that happened to see the move: Serve would give its call and this one one id,
+        # and its router, when both wait, forgets one of them for ever.
+        await asyncio.create_task(self._load_ahead(record), context=Context())
+
+    async def _load_ahead(self, record: AdapterRecord) -> None:
         try:
             await self._replicas.options(multiplexed_model_id=record.digest).prefetch.remote(record)
         except (RayError, RayServeException) as error:  # the first request will meet it too, and say so
