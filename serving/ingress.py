@@ -165,8 +165,8 @@ class Ingress:
 
     async def _prefetch(self, record: AdapterRecord) -> None:
         """Have the replica load an adapter that will get the next request for it."""
-        # Not in the context of the request that happened to see the move: Serve would give its call and this one one id,
-        # and its router, when both wait, forgets one of them for ever.
+        # Not in the context of the request that happened to see the move: Serve would give both calls one id, and its
+        # router, when both wait, forgets one of them for ever.
         await asyncio.create_task(self._load_ahead(record), context=Context())
 
     async def _load_ahead(self, record: AdapterRecord) -> None:

@@ -103,7 +103,7 @@ def measure(live: Live, rounds: int, quick: bool) -> list[Measure]:
             over_http = [asyncio.run(http_latencies(url, live.names[1], few)) for _ in range(rounds)]
             alone = [asyncio.run(engine_latencies(live, few)) for _ in range(rounds)]
             moves = [asyncio.run(moves_live(url, live)) for _ in range(rounds)]
-        traffic = 60 if quick else 3_000
+        traffic = 60 if quick else 1_500
         ours: list[tuple[float, float]] = []
         theirs: list[tuple[float, float]] = []
         for index in range(rounds):
@@ -176,7 +176,7 @@ async def moves_live(url: str, live: Live) -> tuple[float, float]:
     async def move(version: int) -> float:
         moved_at = time.monotonic()
         await asyncio.to_thread(registry.set_alias, live.store, name, registry.STABLE, version, "bench")
-        await asyncio.sleep(2 * AdaptersConfig().alias_refresh_s)
+        await asyncio.sleep(random.uniform(2, 3) * AdaptersConfig().alias_refresh_s)  # at any time between two looks
         return moved_at
 
     async with asyncio.TaskGroup() as group:
