@@ -200,7 +200,7 @@ async def zipf(url: str, live: Live, requests: int, seed: int) -> tuple[float, f
     chance = random.Random(seed)
     names = live.names[: COLD + 1]
     weights = list(accumulate([0.5, *(0.5 / rank / _harmonic(len(names) - 1) for rank in range(1, len(names)))]))
-    before = live.replicas()
+    before = await asyncio.to_thread(live.replicas)
     left = iter(range(requests))
 
     async def client_loop(client: httpx.AsyncClient) -> None:
@@ -213,7 +213,7 @@ async def zipf(url: str, live: Live, requests: int, seed: int) -> tuple[float, f
     async with httpx.AsyncClient(timeout=DEADLINE_S, limits=limits) as client, asyncio.TaskGroup() as group:
         for _ in range(AT_ONCE):
             group.create_task(client_loop(client))
-    after = live.replicas()
+    after = await asyncio.to_thread(live.replicas)
     tokens = [each.generated_tokens + each.prompt_tokens for each in after]
     loads = sum(each.adapter_loads for each in after) - sum(each.adapter_loads for each in before)
     return max(tokens) / (sum(tokens) / len(tokens)), float(loads)
