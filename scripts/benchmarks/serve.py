@@ -21,8 +21,9 @@ And with Ray Serve around the engine (serve_live.py), a tiny model, in milliseco
     ingress_p50_ms       a request for one token over HTTP, against the same on an engine in the process; and p99
     alias_live_s         from a moved alias to the last request that the old version answers, under 50 requests/s; and
                          (as the peer) from the way back
-    zipf_…               four replicas of 16 places, one adapter with half of the traffic and 99 by Zipf's law: tokens
-                         of the busiest replica over the mean, and adapters loaded, against Serve's own router
+    zipf_…               four replicas of 16 places, 64 requests at once of 64 + 128 tokens, one adapter with half of
+                         them and 99 by Zipf's law: tokens of the busiest replica over the mean, and adapters loaded,
+                         against Serve's own router
 
 vLLM runs in .venv-vllm, which scripts/setup-vllm makes; without that, and with --quick, whose heads are too narrow for
 it, it is left out. It is compiled and warmed up. Prefix caches are off, since rounds repeat their prompts.

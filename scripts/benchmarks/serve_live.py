@@ -37,9 +37,9 @@ from serving.router import AdapterRouter
 NAME, BASE = "bench", "base"
 COLD = 99
 REPLICAS = 4
-AT_ONCE = 24
+AT_ONCE = 64
 PLACES = 16
-PROMPT, NEW = 16, 16
+PROMPT, NEW = 64, 128
 DEADLINE_S = 180.0
 
 
@@ -103,7 +103,7 @@ def measure(live: Live, rounds: int, quick: bool) -> list[Measure]:
             over_http = [asyncio.run(http_latencies(url, live.names[1], few)) for _ in range(rounds)]
             alone = [asyncio.run(engine_latencies(live, few)) for _ in range(rounds)]
             moves = [asyncio.run(moves_live(url, live)) for _ in range(rounds)]
-        traffic = 60 if quick else 1_500
+        traffic = 60 if quick else 800
         ours: list[tuple[float, float]] = []
         theirs: list[tuple[float, float]] = []
         for index in range(rounds):
