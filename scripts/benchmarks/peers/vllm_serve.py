@@ -19,7 +19,7 @@ def main() -> None:
         dtype="float32",
         enable_lora=True,
         max_lora_rank=16,
-        max_loras=len(folders),
+        max_loras=len(folders) + 1,  # vLLM 0.32 on a CPU gives the base's rows the last slot's adapter: leave it empty
         max_model_len=1024,
         max_num_seqs=128,
         max_num_batched_tokens=1024,
