@@ -17,25 +17,25 @@ _log = logging.getLogger(__name__)
 
 
 async def keep_pinned(names: Sequence[str], resolver: Resolver, adapters: AdapterCache, refresh_s: float) -> None:
-    """Until cancelled. What cannot be looked up or loaded is logged, once for each reason, and tried again."""
-    pinned: list[AdapterRecord] = []
+    """Until cancelled. What cannot be looked up or loaded is logged, once for each reason, and tried again; the version
+    that was there before stays pinned meanwhile."""
+    pinned: dict[str, AdapterRecord] = {}
     said: set[str] = set()
     while True:
-        wanted, failed = [], False
+        before, failed = dict(pinned), False
         for name in names:
             try:
                 record = await resolver.resolve(name)
                 if record is not None:
                     await adapters.prefetch(record)
-                    wanted.append(record)
+                    pinned[name] = record
             except LuthierError as error:
                 failed = True
                 if str(error) not in said:
                     said.add(str(error))
                     _log.warning("the pinned adapter %s is not loaded: %s", name, error)
-        if wanted != pinned:
-            adapters.pin(wanted)
-            pinned = wanted
+        if pinned != before:
+            adapters.pin(pinned.values())
         if not failed:
             said.clear()
         await asyncio.sleep(refresh_s)

@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Generic, TypeVar
@@ -106,10 +107,9 @@ class _Remembered(Generic[Value]):
 
     async def _change(self, value: Value, left_s: float) -> None:
         try:
-            async with asyncio.timeout(left_s):
-                await self._prepare(value)
-        except TimeoutError:
-            pass  # it is to be live now, prepared or not
+            with suppress(TimeoutError):  # then it is to be live, prepared or not
+                async with asyncio.timeout(left_s):
+                    await self._prepare(value)
         finally:
             self._value, self._error = value, None
             self._preparing = None

@@ -24,7 +24,7 @@ from serving.engine.model import PackedModel
 from serving.engine.pace import Pace
 from serving.engine.protocol import EngineStats, GenerationRequest, Grammar, TokenEvent
 from serving.engine.scheduler import Limits, Scheduler
-from serving.engine.streams import EventStream
+from serving.engine.streams import EventStream, settle
 
 _log = logging.getLogger(__name__)
 
@@ -157,7 +157,7 @@ class NativeEngine:
             commands, self._commands = self._commands, []
         self._send(outbox)
         for command in commands:
-            _settle(command.done, Overloaded(f"the engine does not serve any more: {reason}"))
+            settle(command.done, Overloaded(f"the engine does not serve any more: {reason}"))
 
     def _turn(self, core: EngineCore) -> bool:
         """Wait for work, then one step. False when it is time to stop."""
@@ -191,11 +191,11 @@ class NativeEngine:
         for command in commands:
             try:
                 if command.attempt(core):
-                    _settle(command.done, None)
+                    settle(command.done, None)
                 else:
                     self._commands.append(command)
             except Overloaded as error:
-                _settle(command.done, error)
+                settle(command.done, error)
 
     def _route(self, events: list[Event]) -> "_Outbox":
         """Find the events' streams, under the lock that ended their requests: an id may be taken again at once."""
@@ -241,16 +241,6 @@ def load_core(folder: Path, options: NativeOptions) -> EngineCore:
         options.prefix_cache,
     )
     return EngineCore(model, Scheduler(limits, allocator))
-
-
-def _settle(done: "Future[None]", error: Exception | None) -> None:
-    """Answer whoever waits, unless they went away."""
-    if not done.set_running_or_notify_cancel():
-        return
-    if error is None:
-        done.set_result(None)
-    else:
-        done.set_exception(error)
 
 
 def _put_all(batch: list[tuple[EventStream, TokenEvent]]) -> None:

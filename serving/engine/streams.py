@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 
 from serving.engine.protocol import TokenEvent
 
@@ -40,3 +41,13 @@ class EventStream:
         if not self._is_over:
             self._is_over = True
             self._cancel(self.request_id)
+
+
+def settle(done: "Future[None]", error: BaseException | None) -> None:
+    """Answer whoever waits, unless they went away."""
+    if not done.set_running_or_notify_cancel():
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)

@@ -20,7 +20,6 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import aiohttp
 
 from cluster.errors import AdapterRefused, InvalidRequest, ModelError, Overloaded, RequestError, UnknownModel
 from serving.engine.protocol import EngineStats, GenerationRequest, Grammar, SamplingParams, TokenEvent
-from serving.engine.streams import EventStream
+from serving.engine.streams import EventStream, settle
 from serving.engine.vllm_answer import Answer, ModelFacts, read_facts
 from serving.engine.vllm_api import BASE_NAME, completion_body
 from serving.engine.vllm_command import VllmOptions
@@ -386,18 +385,7 @@ class VllmEngine:
         task = asyncio.create_task(command())
         self._commands.add(task)
         task.add_done_callback(self._commands.discard)
-        task.add_done_callback(partial(_settle, done))
-
-
-def _settle(done: "Future[None]", task: "asyncio.Task[None]") -> None:
-    """Pass a task's outcome on, unless nobody waits for it any more."""
-    error = task.exception()
-    if not done.set_running_or_notify_cancel():
-        return
-    if error is None:
-        done.set_result(None)
-    else:
-        done.set_exception(error)
+        task.add_done_callback(lambda ended: settle(done, ended.exception()))
 
 
 def _link(source: str, target: str) -> None:

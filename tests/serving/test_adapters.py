@@ -21,6 +21,8 @@ from serving.adapters import SPARE_SLOTS, AdapterCache
 from serving.downloads import Downloads
 from serving.engine.native import NativeEngine, NativeOptions
 from serving.engine.protocol import EngineStats, GenerationRequest, SamplingParams, TokenStream
+from serving.pins import keep_pinned
+from serving.resolver import Resolver
 from tests.serving.conftest import LoraRecipe, TinyModel
 
 BASE = BaseModelRef(name="base", revision="r1", licence="apache-2.0")
@@ -287,6 +289,43 @@ def test_what_is_pinned_is_never_evicted_until_another_is(bench: Bench) -> None:
 
     asyncio.run(main())
     assert bench.engine.loads[old.digest] == bench.engine.loads[new.digest] == 1
+
+
+def test_a_pin_follows_its_alias_and_keeps_the_old_version_until_the_new_one_can_be_loaded(bench: Bench) -> None:
+    old, b, c = (bench.publish(name) for name in ("named", "b", "c"))
+    folder = bench.root / "made" / "second"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"second" * 100)
+    new = registry.publish(bench.store, "named", folder, BASE, "run", 2)
+    registry.set_alias(bench.store, "named", registry.STABLE, 1, "first")
+
+    async def others() -> None:
+        for each in (b, c):
+            await bench.touch(each)
+
+    async def main() -> None:
+        pinning = asyncio.create_task(keep_pinned(["named"], Resolver(bench.store, BASE, 0.01), bench.cache, 0.01))
+        await until(lambda: old.digest in bench.engine.loaded)
+        await settle()
+        await others()
+        assert old.digest in bench.engine.loaded
+        bench.engine.refused.add(new.digest)
+        registry.set_alias(bench.store, "named", registry.STABLE, 2, "second")
+        await until(lambda: bench.engine.loads[new.digest] == 1)
+        await settle()
+        await others()
+        assert old.digest in bench.engine.loaded
+        bench.engine.refused.clear()
+        bench.now += 31
+        await until(lambda: new.digest in bench.engine.loaded)
+        await settle()
+        await others()
+        assert bench.engine.loaded >= {new.digest}
+        assert old.digest not in bench.engine.loaded
+        pinning.cancel()
+
+    asyncio.run(main())
 
 
 def test_a_load_whose_callers_all_left_is_advertised_only_if_it_is_there(bench: Bench) -> None:

@@ -1,15 +1,12 @@
 """The whole serving side over real HTTP with `engine: vllm`: a client gets what the native engine would give it."""
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-import ray
 from ray import serve
 
 from cluster import models, registry
@@ -31,20 +28,6 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Sort the numbers 3 1 2."}]
 PROMPT = "<|user|>Sort the numbers 3 1 2.<|end|><|assistant|>"
-
-
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
-    """A private Ray on this machine; tests/conftest.py has set token authentication."""
-    with pytest.MonkeyPatch.context() as patch:
-        root = str(Path(__file__).parents[2])
-        patch.setenv("PYTHONPATH", os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]))
-        ray.init(
-            address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
-        )
-    yield
-    serve.shutdown()
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
