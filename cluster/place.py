@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from cluster.config import Config
 
@@ -18,3 +18,7 @@ class ClusterConfig(Config):
     cpus_per_worker: PositiveInt = Field(1, description="cores of a worker, and its torch threads")
     memory_gb_per_worker: PositiveFloat = Field(description="memory of one GPU, or of one CPU worker, in GiB")
     autoscales: bool = Field(False, description="more nodes come on demand, so what is there now is no limit")
+    driver_cpus: NonNegativeFloat = Field(
+        0.0,
+        description="CPUs that a submitted job's driver asks for; above 0 keeps it off a head that offers none",
+    )

@@ -5,8 +5,6 @@ Nothing here imports torch; `train` and `resume` do when they run. What reads, r
 
 import json
 import os
-import shlex
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -47,8 +45,13 @@ def submit(
     recipe: RecipeFile,
     overrides: Overrides = None,
     address: Annotated[str | None, typer.Option(help="the dashboard, http://host:8265; default RAY_ADDRESS")] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="come back as soon as the cluster has it")] = False,
+    again: Annotated[bool, typer.Option("--again", help="run once more what has succeeded")] = False,
 ) -> None:
-    """Plan here, then hand the job to a cluster with `ray job submit`, and follow it."""
+    """Plan here, check what would be sent and to whom, hand the job to the cluster, and follow it to its end.
+
+    Submitting the same again follows the run that there is.
+    """
     from cluster.config import load
     from jobs.config import Recipe
     from jobs.plan import make_plan, shape_of
@@ -57,22 +60,67 @@ def submit(
     shape = shape_of(loaded.model)
     if shape:
         make_plan(loaded, shape)
-    _submit(address, ["python", "-m", "jobs.train", str(recipe), *(overrides or [])])
+    given = {"recipe": [str(recipe)], "data": [*loaded.data.train, *loaded.data.evaluation]}
+    _submit(
+        address,
+        loaded.name,
+        ["python", "-m", "jobs.train", str(recipe), *(overrides or [])],
+        loaded.model_dump_json(),
+        loaded.cluster.driver_cpus,
+        [path for paths in given.values() for path in paths],
+        detach=detach,
+        again=again,
+    )
 
 
-def _submit(address: str | None, job: list[str]) -> None:
-    """Print and run the plain `ray job submit`, and exit as it does."""
+def _submit(
+    address: str | None,
+    name: str,
+    command: list[str],
+    does: str,
+    cpus: float,
+    paths: list[str],
+    *,
+    detach: bool = False,
+    again: bool = False,
+) -> None:
+    """Print the plain `ray job submit`, do it, follow it, and exit as the job does.
+
+    Args:
+        does: all of the config that decides what the job does.
+        paths: files that it reads; those that are named relative to here must be sent along.
+    """
     from cluster import env
     from cluster.errors import ConfigError, Fault
+    from cluster.package import digest, shipment
+    from cluster.submit import Cluster, Submission, user
 
     target = address or os.environ.get(env.RAY_ADDRESS)
     if not target:
         raise ConfigError([Fault("command line", "--address", f"name the dashboard, or set {env.RAY_ADDRESS}")])
-    submission = ["job", "submit", "--address", target, "--working-dir", ".", "--", *job]
-    print(shlex.join(["ray", *submission]), flush=True)
-    # The `ray` of this interpreter, which need not be on PATH.
-    done = subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *submission], check=False)
-    raise typer.Exit(done.returncode)
+    root = Path.cwd()
+    sent = shipment(root)
+    sent.check(paths)
+    cluster = Cluster(target)
+    code = digest(root)
+    job = Submission(
+        name=name,
+        command=command,
+        does=does + code,
+        cpus=cpus,
+        metadata={"user": user(), "recipe": name, "code": code},
+    )
+    submission_id, was_there = cluster.submit(job, root, again=again)
+    print(job.line(cluster.address, submission_id), flush=True)
+    if was_there:
+        print(f"{submission_id} was submitted before; `--again` runs once more what has succeeded", flush=True)
+    if detach:
+        print(f"follow it by the same command without --detach; end it by `ray job stop {submission_id}`")
+        return
+    try:
+        raise typer.Exit(cluster.follow(submission_id))
+    except KeyboardInterrupt:
+        print(f"\n{submission_id} goes on; the same command follows it, `ray job stop {submission_id}` ends it")
 
 
 @app.command()
@@ -98,11 +146,24 @@ def resume(
     """
     given = [*(overrides or []), *([f"train.workers={workers}"] if workers is not None else [])]
     if address:
-        _submit(address, ["python", "-m", "jobs.resume", run_id, f"store={store}", *given])
+        _submit_resume(address, run_id, store, given)
+        return
     from cluster import logs
     from jobs import driver
 
     raise typer.Exit(logs.ended(driver.resume(run_id, store, given)))
+
+
+def _submit_resume(address: str, run_id: str, store: str, given: list[str]) -> None:
+    from cluster.store import open_existing
+    from jobs import runs
+
+    opened = open_existing(store)
+    cluster = runs.find(opened, run_id).record.recipe["cluster"]
+    # One more attempt is another job, and the same press twice is not.
+    does = f"{run_id} after {len(runs.attempts(opened, run_id))} attempts"
+    command = ["python", "-m", "jobs.resume", run_id, f"store={store}", *given]
+    _submit(address, run_id, command, does, cluster.get("driver_cpus", 0.0), [])
 
 
 @app.command()

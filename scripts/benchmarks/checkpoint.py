@@ -53,7 +53,8 @@ import yaml
 
 from cluster import env, keys, logs, records
 from cluster.errors import LuthierError, RunFailed
-from cluster.nodes import LocalCluster, free_ports
+from cluster.nodes import LocalCluster
+from cluster.processes import free_ports
 from cluster.records import RunEvent
 from cluster.store import Store, open_store
 from jobs import runs

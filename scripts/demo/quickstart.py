@@ -25,7 +25,8 @@ from rich.table import Table
 
 from cluster.errors import LuthierError, RunFailed
 from cluster.logs import fail
-from cluster.nodes import LocalCluster, free_ports
+from cluster.nodes import LocalCluster
+from cluster.processes import free_ports
 from cluster.store import open_store
 from scripts.demo import tasks
 

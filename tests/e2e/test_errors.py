@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.nodes import LocalCluster, free_ports
+from cluster.nodes import LocalCluster
+from cluster.processes import free_ports
 from scripts.demo import tasks
 from tests.conftest import TinyModels
 from tests.e2e.submit import ROOT, write_recipe, write_rows

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster import keys, records, registry
-from cluster.nodes import LocalCluster, free_ports
+from cluster.nodes import LocalCluster
+from cluster.processes import free_ports
 from tests.conftest import TinyModels
 from tests.e2e.conftest import Pair
 from tests.e2e.submit import submit

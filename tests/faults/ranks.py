@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from cluster.nodes import LocalCluster, free_ports
+from cluster.nodes import LocalCluster
+from cluster.processes import free_ports
 from cluster.records import RunRecord
 
 NAMESPACE = "ranks"

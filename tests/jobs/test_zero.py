@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.nodes import free_ports
+from cluster.processes import free_ports
 from tests.conftest import TinyModels
 
 ROOT = Path(__file__).parents[2]

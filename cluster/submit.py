@@ -1,0 +1,225 @@
+"""Handing a job to a cluster whose dashboard is all one can reach: checked first, sent once, followed to its end.
+
+    look at what would be sent → ask the dashboard who it is → submit under an id of our own → follow
+
+The id is made of the job's name, its user and a digest of what it does, so that submitting twice, by a second press of
+a key or by a script that lost the answer, is one run. What ended without success may be submitted again as it is.
+"""
+
+import asyncio
+import getpass
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+
+from cluster import env
+from cluster.errors import PlanError
+
+_TIMEOUT_S = 10.0
+_AGAIN_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between looks at a cluster that does not answer
+_HEARTBEAT_S = 20.0
+
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+"""Ray's states of a job that is over."""
+
+OFF_SPOT = {"luthier.io/market": "!spot"}
+"""Where a driver may run: a node that is taken away would take it along."""
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job as it is handed over.
+
+    Attributes:
+        name: what the id begins with.
+        command: the entry point, as a list of words.
+        does: all that decides what the job does; the same again is the same job.
+        cpus: what the driver itself asks for; above 0 it does not run on a head that offers none.
+        metadata: shown by Ray's dashboard.
+    """
+
+    name: str
+    command: Sequence[str]
+    does: str
+    cpus: float = 0.0
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def id(self, number: int = 1) -> str:
+        """Of its first submission, or of the one that follows `number` − 1 which failed."""
+        ours = hashlib.sha256(json.dumps([self.does, *self.command]).encode()).hexdigest()[:10]
+        return "-".join([self.name, user(), ours, *([str(number)] if number > 1 else [])])
+
+    def line(self, address: str, submission_id: str) -> str:
+        """The plain `ray job submit` that does the same."""
+        options = ["--address", address, "--submission-id", submission_id, "--working-dir", "."]
+        if self.cpus:
+            options += ["--entrypoint-num-cpus", f"{self.cpus:g}"]
+            options += ["--entrypoint-label-selector", json.dumps(OFF_SPOT)]
+        if self.metadata:
+            options += ["--metadata-json", json.dumps(self.metadata)]
+        return shlex.join(["ray", "job", "submit", *options, "--", *self.command])
+
+
+def user() -> str:
+    """Who submits, as part of an id."""
+    return re.sub(r"[^a-z0-9]+", "-", getpass.getuser().lower()).strip("-") or "somebody"
+
+
+class Cluster:
+    """A cluster behind its dashboard, http://host:8265. Made only of what answers and fits: raises PlanError."""
+
+    def __init__(self, address: str) -> None:
+        if not address.startswith(("http://", "https://")):
+            raise PlanError(f"{address!r} is not a dashboard; give http://host:8265")
+        self.address = address.rstrip("/")
+        self._check()
+
+    def submit(self, job: Submission, root: Path, *, again: bool = False) -> tuple[str, bool]:
+        """Send it, unless it runs or has succeeded. Gives its id, and whether it was there already.
+
+        Args:
+            again: run once more what has succeeded.
+
+        Raises:
+            PlanError: the cluster refuses it.
+        """
+        number = 1
+        while (found := self.status(job.id(number))) is not None:
+            if found not in ("FAILED", "STOPPED") and not (again and found == "SUCCEEDED"):
+                return job.id(number), True
+            number += 1
+        try:
+            self._client().submit_job(
+                entrypoint=shlex.join(job.command),
+                submission_id=job.id(number),
+                runtime_env={"working_dir": str(root)},
+                metadata=job.metadata,
+                entrypoint_num_cpus=job.cpus or None,
+                entrypoint_label_selector=OFF_SPOT if job.cpus else None,
+            )
+        except RuntimeError as error:
+            if "already exists" in str(error):
+                return job.id(number), True  # somebody was quicker with the same
+            raise PlanError(f"{self.address} refuses the job: {str(error).strip().splitlines()[-1]}") from None
+        return job.id(number), False
+
+    def status(self, submission_id: str) -> str | None:
+        """Ray's state of a job; None when there is none of that id. Raises httpx.HTTPError."""
+        found = self._job(submission_id)
+        return found["status"] if found else None
+
+    def follow(self, submission_id: str) -> int:
+        """Print what the job prints, to its end. Gives the exit code of its driver.
+
+        A connection that breaks, or a laptop that sleeps, is no end: it is asked again, and goes on where it was.
+        """
+        printed = failures = 0
+        while True:
+            try:
+                printed, is_whole = asyncio.run(self._tail(submission_id, printed))
+                job = self._job(submission_id)
+            except (aiohttp.ClientError, httpx.TransportError) as error:
+                if not failures:
+                    why = str(error) or type(error).__name__
+                    print(f"{self.address} does not answer ({why}); the job goes on, asking again", file=sys.stderr)
+                time.sleep(_AGAIN_S[min(failures, len(_AGAIN_S) - 1)])
+                failures += 1
+                continue
+            failures = 0
+            if job is None or (job["status"] in ENDED and is_whole):
+                break
+            time.sleep(_AGAIN_S[0])  # it waits for its nodes, or the socket has broken
+        if job and job["status"] == "SUCCEEDED":
+            return 0
+        why = f"{job['status']}: {job['message']}" if job else "the cluster knows it no longer"
+        print(f"job {submission_id}: {why}", file=sys.stderr)
+        return int(job.get("driver_exit_code") or 1) if job else 1
+
+    async def _tail(self, submission_id: str, printed: int) -> tuple[int, bool]:
+        """Print the log from its character `printed` on. Gives how far it came, and whether that is its end.
+
+        Ray sends a log from its beginning whenever it is asked.
+        """
+        seen = 0
+        url = f"{self.address}/api/jobs/{submission_id}/logs/tail"
+        async with (
+            aiohttp.ClientSession(headers=_headers()) as session,
+            # A connection that a sleeping laptop has lost is silent: only a heartbeat shows it.
+            session.ws_connect(url, heartbeat=_HEARTBEAT_S) as socket,
+        ):
+            async for message in socket:
+                if message.type is aiohttp.WSMsgType.TEXT:
+                    new = message.data[max(0, printed - seen) :]
+                    seen += len(message.data)
+                    if new:
+                        print(new, end="", flush=True)
+                        printed = seen
+            return printed, socket.close_code == aiohttp.WSCloseCode.OK
+
+    def _job(self, submission_id: str) -> dict[str, Any] | None:
+        answer = self._ask(f"/api/jobs/{submission_id}")
+        if answer.status_code == httpx.codes.NOT_FOUND:
+            return None
+        answer.raise_for_status()
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def _ask(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.address}{path}", headers=_headers(), timeout=_TIMEOUT_S)
+
+    def _check(self) -> None:
+        try:
+            answer = self._ask("/api/version")
+        except httpx.TransportError as error:
+            raise PlanError(
+                f"no answer from {self.address} ({error}); does the cluster run, and is its tunnel open "
+                "(`luthier cluster dashboard NAME`)?"
+            ) from None
+        if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise PlanError(
+                f"{self.address} refuses the token; set {env.RAY_AUTH_MODE}=token, and {env.RAY_AUTH_TOKEN_PATH} to "
+                "the file with the cluster's token"
+            )
+        if not answer.is_success or "ray_version" not in answer.text:
+            raise PlanError(f"{self.address} answers {answer.status_code}, and not as Ray's dashboard does")
+        _compare("Ray", answer.json()["ray_version"], version("ray"))
+        data = self._ask("/api/v0/cluster_metadata").json()["data"]
+        _compare("Python", _minor(data["pythonVersion"]), _minor(platform.python_version()))
+
+    def _client(self) -> Any:
+        from ray.job_submission import JobSubmissionClient
+
+        return JobSubmissionClient(self.address, headers=_headers())
+
+
+def _headers() -> dict[str, str]:
+    """As Ray finds its token: the variable, the file it names, the file in the home folder."""
+    if os.environ.get(env.RAY_AUTH_MODE) != "token":
+        return {}
+    token = os.environ.get(env.RAY_AUTH_TOKEN)
+    if token is None:
+        path = Path(os.environ.get(env.RAY_AUTH_TOKEN_PATH) or Path.home() / ".ray" / "auth_token")
+        token = path.read_text() if path.exists() else ""
+    return {"Authorization": f"Bearer {token.strip()}"} if token.strip() else {}
+
+
+def _compare(what: str, theirs: str, ours: str) -> None:
+    if theirs != ours:
+        raise PlanError(f"the cluster has {what} {theirs}, and this is {ours}; what one pickles, the other cannot read")
+
+
+def _minor(python: str) -> str:
+    return ".".join(python.split(".")[:2])

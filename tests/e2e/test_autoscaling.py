@@ -1,0 +1,164 @@
+"""A cluster that is nothing but a head without CPUs, until somebody submits a job: Ray's own autoscaler, real nodes."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from cluster.nodes import Group, LocalCluster
+from cluster.store import open_store
+from jobs import runs
+from tests.conftest import TinyModels
+from tests.e2e.submit import DEADLINE_S, train, write_recipe
+
+SPOT, ON_DEMAND = Group("spot", {"CPU": 1}, most=3, spot=True), Group("on-demand", {"CPU": 1}, most=3)
+
+
+class Metadata:
+    """Amazon's metadata service, for each node below its own id."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, datetime] = {}
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_PUT(self) -> None:
+                self._answer(200 if self.path.endswith("/latest/api/token") else 404, "a-token")
+
+            def do_GET(self) -> None:
+                node, _, rest = self.path.strip("/").partition("/")
+                if self.headers["X-aws-ec2-metadata-token"] != "a-token":
+                    self._answer(401, "")
+                elif rest == "latest/meta-data/spot/instance-action" and node in service.taken:
+                    self._answer(200, f'{{"action": "terminate", "time": "{service.taken[node]:%Y-%m-%dT%H:%M:%SZ}"}}')
+                else:
+                    self._answer(404, "")
+
+            def _answer(self, code: int, text: str) -> None:
+                self.send_response(code)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *parts: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture(scope="module")
+def metadata() -> Iterator[Metadata]:
+    service = Metadata()
+    yield service
+    service.close()
+
+
+@pytest.fixture(scope="module")
+def elastic(cache: Path, metadata: Metadata) -> Iterator[LocalCluster]:
+    variables = {"LUTHIER_CACHE": str(cache), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    with LocalCluster(groups=[SPOT, ON_DEMAND], variables=variables, idle_s=3, metadata=metadata.address) as cluster:
+        yield cluster
+        assert not cluster.autoscaler_errors()
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_models: TinyModels, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("elastic")
+    return write_recipe(folder, tiny_models["qwen3"], [rows], name="elastic", store=f"file://{folder}/store")
+
+
+TWO = ("train.workers=2", "cluster.autoscales=true")
+
+
+@dataclass(frozen=True)
+class Look:
+    """How many nodes each group had at a moment."""
+
+    at: float
+    groups: dict[str, int]
+
+
+@contextmanager
+def counted(cluster: LocalCluster) -> Iterator[list[Look]]:
+    """The nodes that there are, look after look, until the block ends."""
+    seen: list[Look] = []
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.2):
+            seen.append(Look(time.monotonic(), {group: len(nodes) for group, nodes in cluster.nodes().items()}))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        looking.join()
+
+
+def wait_until_gone(cluster: LocalCluster, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while cluster.nodes():
+        assert time.monotonic() < deadline, cluster.nodes()
+        time.sleep(0.2)
+
+
+def test_nodes_come_for_a_job_and_go_after_it(elastic: LocalCluster, recipe: Path) -> None:
+    with counted(elastic) as seen:
+        result = train(elastic, recipe, *TWO).result
+    assert result["state"] == "succeeded"
+    assert result["adapter"] == "elastic@1"
+    assert max(sum(each.groups.values()) for each in seen) == 2
+    assert all("on-demand" not in each.groups for each in seen)  # spot is to be had, so nothing else is asked for
+    wait_until_gone(elastic, 60)
+
+
+def test_a_spot_node_that_is_taken_costs_no_step(elastic: LocalCluster, metadata: Metadata, recipe: Path) -> None:
+    store = open_store(f"file://{recipe.parent}/store")
+    before = set(runs.run_ids(store))
+    steps = ("train.steps=200", "checkpoint.every_steps=1000", "train.max_failures=0")
+    results = []
+    driver = threading.Thread(target=lambda: results.append(train(elastic, recipe, *TWO, *steps)))
+    driver.start()
+    deadline = time.monotonic() + DEADLINE_S
+    while not any(True for run in set(runs.run_ids(store)) - before for _ in runs.read_steps(store, run)):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    (run_id,) = set(runs.run_ids(store)) - before
+    taken = elastic.nodes()["spot"][0]
+    metadata.taken[taken] = datetime.now(UTC) + timedelta(seconds=30)
+    driver.join()
+    assert results[0].result["state"] == "succeeded"
+    assert taken not in elastic.nodes().get("spot", ())
+    moved = [event for event in runs.read_events(store, run_id) if event.text.startswith("moved")]
+    assert len(moved) == 1
+    first = [attempt.first_step for attempt in runs.attempts(store, run_id)]
+    done = [int(step["step"]) for step in runs.read_steps(store, run_id)]
+    assert done == list(range(200))
+    assert len(first) == 2
+    assert 0 < first[1] < 200
+
+
+def test_without_spot_capacity_it_is_on_demand_within_a_minute(elastic: LocalCluster, recipe: Path) -> None:
+    wait_until_gone(elastic, 60)
+    elastic.sell_out("spot")
+    began = time.monotonic()
+    with counted(elastic) as seen:
+        result = train(elastic, recipe, *TWO).result
+    assert result["state"] == "succeeded"
+    assert max(each.groups.get("on-demand", 0) for each in seen) == 2
+    assert min(each.at for each in seen if each.groups.get("on-demand")) - began < 60
+    elastic.sell_out()
+    wait_until_gone(elastic, 60)
