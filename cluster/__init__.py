@@ -16,6 +16,7 @@ session    joining a Ray cluster, always by address, with room for the job
 package    what a submitted job takes along, looked at before Ray zips it
 submit     handing a job to a cluster by its dashboard: checked, sent once, followed
 processes  Ray nodes as processes: started, seen to live, ended
+queue      whose turn it is on a shared cluster; pure, and one actor
 nodes      a Ray cluster of local processes, always with a token
 provider   local nodes behind Ray's autoscaler: the cloud of a laptop and of the tests
 spot       on each spot node: asks the cloud whether it will be taken, and drains it

@@ -22,3 +22,6 @@ class ClusterConfig(Config):
         0.0,
         description="CPUs that a submitted job's driver asks for; above 0 keeps it off a head that offers none",
     )
+    shared: bool = Field(
+        False, description="others train on it too: jobs wait for their turn, fairly by user, and start whole"
+    )

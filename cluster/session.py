@@ -85,9 +85,7 @@ def room(cluster: ClusterConfig) -> int:
 
 def capacity(cluster: ClusterConfig) -> int:
     """How many workers the cluster could take if it did nothing else, on nodes that are not about to go."""
-    going = draining()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going]
-    return sum(_places(node["Resources"], cluster) for node in nodes)
+    return sum(_places(resources, cluster) for resources in nodes())
 
 
 def draining() -> dict[str, float | None]:
@@ -100,10 +98,17 @@ def draining() -> dict[str, float | None]:
 
 
 def _places(resources: dict[str, float], cluster: ClusterConfig) -> int:
-    return int(min(resources.get(name, 0.0) // amount for name, amount in _per_worker(cluster).items()))
+    return int(min(resources.get(name, 0.0) // amount for name, amount in per_worker(cluster).items()))
 
 
-def _per_worker(cluster: ClusterConfig) -> dict[str, float]:
+def nodes() -> list[dict[str, float]]:
+    """What each node offers when it is empty, except those that are about to go."""
+    going = draining()
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going]
+
+
+def per_worker(cluster: ClusterConfig) -> dict[str, float]:
+    """What one worker needs, by Ray's names."""
     return {"CPU": float(cluster.cpus_per_worker), **({"GPU": 1.0} if cluster.accelerator == "gpu" else {})}
 
 
@@ -111,14 +116,14 @@ def check_resources(cluster: ClusterConfig, workers: int) -> None:
     """Raise PlanError when the cluster, as it stands, can never place the workers."""
     if cluster.autoscales:
         return
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = sum(_places(node, cluster) for node in nodes)
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    places = sum(_places(node, cluster) for node in alive)
     if places < workers:
         have = "; ".join(
             ", ".join(f"{node.get(name, 0.0):g} {name}" for name in ("CPU", "GPU") if node.get(name)) or "nothing"
-            for node in nodes
+            for node in alive
         )
-        need = ", ".join(f"{amount:g} {name}" for name, amount in _per_worker(cluster).items())
+        need = ", ".join(f"{amount:g} {name}" for name, amount in per_worker(cluster).items())
         raise PlanError(
             f"the job needs {workers} workers of {need} each, and the cluster has room for {places} "
             f"(nodes: {have}); lower train.workers, or add nodes"

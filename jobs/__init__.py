@@ -25,6 +25,7 @@ progress    step records to the store; the board between driver and workers
 screen      what the driver shows of them
 runs        a run's life in the store: events, attempts, state, stop requests
 pulse       the driver's heartbeat, and what it tells the workers: stop, or move
+turn        its place in the queue of a shared cluster
 attempts    one start of the workers after another, until the run has an end
 driver      resolve, plan, tokenise, train, publish
 train       `python -m jobs.train RECIPE key=value …`

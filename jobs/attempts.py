@@ -10,11 +10,13 @@ Ray Train starts one worker group for each attempt, and never a second one: its 
 it resizes nor say what happened.
 """
 
+import getpass
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from jobs.plan import make_plan
 from jobs.progress import Board
 from jobs.pulse import Pulse
 from jobs.screen import Screen
+from jobs.turn import Turn, ticket
 
 ROOM_S = 600.0
 """How long a run waits for nodes before it gives up, on a cluster that does not scale."""
@@ -74,7 +77,7 @@ class Attempts:
         watching = threading.Thread(target=screen.watch, daemon=True)
         watching.start()
         try:
-            with self._pulse:
+            with self._pulse, self._turn():
                 while True:
                     result = self._attempt()
                     if result and result["state"] != "moving":
@@ -84,6 +87,19 @@ class Attempts:
         finally:
             screen.stop()
             watching.join()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """On a shared cluster, from its turn to its end. Raises RunFailed when it was stopped before."""
+        recipe = self._recipe
+        if not recipe.cluster.shared:
+            yield
+            return
+        asked = ticket(self._record.run_id, getpass.getuser(), recipe.priority, recipe.train.fewest, recipe.cluster)
+        with Turn(asked, recipe.cluster) as turn:
+            if not turn.wait(self._note, lambda: self._pulse.is_stopping):
+                raise RunFailed(f"run {self._record.run_id}: it was stopped while it waited for its turn")
+            yield
 
     def _attempt(self) -> dict[str, Any] | None:
         """One worker group, from its start to its end. Returns its result; None when it is to be tried again."""
@@ -177,6 +193,10 @@ class Attempts:
                 self._tell(f"waiting for room: the cluster has it for {places} of at least {train.fewest} workers")
                 is_told = True
             time.sleep(_LOOK_S)
+
+    def _note(self, text: str) -> None:
+        say(text)
+        runs.tell(self._store, self._record.run_id, text)
 
     def _tell(self, text: str) -> None:
         say(text)

@@ -163,6 +163,7 @@ class Recipe(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     publish: PublishConfig | None = None
+    priority: int = Field(0, description="on a cluster that is shared, jobs with a higher one go first")
     from_: str | None = Field(
         None, alias="from", description="RUN or RUN@STEP of the same store: begin with the weights of that checkpoint"
     )

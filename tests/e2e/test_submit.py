@@ -66,13 +66,13 @@ def test_two_submits_at_once_are_one_run_and_a_third_shows_it(
 ) -> None:
     store = f"file://{tmp_path}/store"
     recipe = write_recipe(tmp_path, tiny_models["qwen3"], [rows], name="twice", store=store)
-    pair = [luthier(ray_cluster, "submit", str(recipe), "train.steps=2") for _ in range(2)]
+    pair = [luthier(ray_cluster, "submit", str(recipe), "train.steps=2", "cluster.shared=true") for _ in range(2)]
     results = [ended(process) for process in pair]
     assert [code for code, _, _ in results] == [0, 0], results
     (run_id,) = runs.run_ids(open_store(store))
     assert all(run_id in out for _, out, _ in results)  # both followed it
     assert sum("was submitted before" in out for _, out, _ in results) == 1
-    code, out, _ = ended(luthier(ray_cluster, "submit", str(recipe), "train.steps=2"))
+    code, out, _ = ended(luthier(ray_cluster, "submit", str(recipe), "train.steps=2", "cluster.shared=true"))
     assert code == 0
     assert "was submitted before" in out
     assert out.startswith("ray job submit --address http://127.0.0.1:")
