@@ -13,15 +13,16 @@ a fault (PyYAML keeps the last).
 import difflib
 import json
 import re
-from collections.abc import Container, Hashable, Sequence
+from collections.abc import Container, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
+from cluster import secret
 from cluster.errors import ConfigError, Fault
 
 
@@ -37,6 +38,14 @@ class Reference:
 
     folder: str
 
+
+def _checked(named: dict[str, str]) -> dict[str, str]:
+    secret.check(named)
+    return named
+
+
+Secrets = Annotated[dict[str, str], AfterValidator(_checked)]
+"""Variables by name, with the place of each one's value: see secret.py."""
 
 Schema = TypeVar("Schema", bound=Config)
 Path_ = tuple[str | int, ...]
@@ -59,6 +68,8 @@ def load(path: Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Sch
     _compose(tree, schema, path, source)
     for override in overrides:
         _apply(tree, override, _references(schema), source)
+    if found := list(_secrets(tree, (), source)):
+        raise ConfigError(found)  # alone, for the others repeat what was given
     try:
         # Through JSON, because only there does pydantic's strict mode accept a list for a tuple.
         config = schema.model_validate_json(json.dumps(tree), strict=True)
@@ -223,6 +234,20 @@ def _apply(tree: dict[str, Any], override: str, references: Container[str], sour
         here = inner
     here[names[-1]] = value
     source.set_place(tuple(names), place)
+
+
+def _secrets(tree: Any, at: Path_, source: _Source) -> Iterator[Fault]:
+    """A config is stored with its run and shown by Ray, so no value in it may be a secret; it is not repeated here."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _secrets(value, (*at, key), source)
+    elif isinstance(tree, list):
+        for index, value in enumerate(tree):
+            yield from _secrets(value, (*at, index), source)
+    elif isinstance(tree, str) and secret.looks_like_one(tree):
+        place = source.place(at)
+        message = "looks like a secret; keep it elsewhere, and name its place: `secrets: {NAME: secret://env/NAME}`"
+        yield Fault("command line" if tree in place else place, ".".join(map(str, at)), message)
 
 
 def _faults(error: ValidationError, schema: type[BaseModel], source: _Source) -> list[Fault]:

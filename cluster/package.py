@@ -76,7 +76,7 @@ class Shipment:
 
 def shipment(root: Path) -> Shipment:
     """What `ray job submit --working-dir ROOT` would send."""
-    from ray._private.runtime_env.packaging import _dir_travel
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
     quiet = logging.getLogger("luthier.package")
     quiet.setLevel(logging.WARNING)
@@ -87,7 +87,7 @@ def shipment(root: Path) -> Shipment:
         if stat.S_ISREG(found.st_mode):
             files[path.relative_to(root)] = found.st_size
 
-    _dir_travel(root, [], note, include_gitignore=True, logger=quiet)
+    _dir_travel(root, [_get_excludes(root, _always_left_out())], note, include_gitignore=True, logger=quiet)
     return Shipment(root, files)
 
 
@@ -95,8 +95,15 @@ def digest(root: Path) -> str:
     """What Ray calls the content of a working directory; the same files give the same."""
     from ray._private.runtime_env.packaging import get_uri_for_directory
 
-    uri: str = get_uri_for_directory(str(root), include_gitignore=True)
+    uri: str = get_uri_for_directory(str(root), include_gitignore=True, excludes=_always_left_out())
     return uri
+
+
+def _always_left_out() -> list[str]:
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+
+    names: list[str] = get_runtime_env_default_excludes()
+    return names
 
 
 def _mb(size: int) -> str:

@@ -1,4 +1,4 @@
-"""A store in an S3 bucket; the only file that imports boto3.
+"""A store in an S3 bucket, and a secret of AWS Secrets Manager; the only file that imports boto3.
 
 Credentials, endpoint and region come from the standard AWS variables and files, which boto3 reads itself
 (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION, AWS_PROFILE,
@@ -342,6 +342,17 @@ class _MemoryFile:
 
     def close(self) -> None:
         pass
+
+
+def secret(name: str) -> str:
+    """The value of a secret of AWS Secrets Manager, by its name or ARN. Raises StoreError, which does not tell it."""
+    try:
+        client = _session().client("secretsmanager", config=_config(OPENING))
+        return str(client.get_secret_value(SecretId=name)["SecretString"])
+    except (BotoCoreError, ClientError, ValueError) as error:
+        raise StoreError(f"AWS Secrets Manager does not give {name}: {error}") from None
+    except KeyError:
+        raise StoreError(f"the secret {name} is binary; keep it as text") from None
 
 
 def _session() -> Any:

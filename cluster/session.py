@@ -7,7 +7,7 @@ cluster by RAY_ADDRESS; on a laptop `local` starts a private one that ends with 
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
@@ -16,6 +16,7 @@ import ray._private.state
 from cluster import env
 from cluster.errors import PlanError
 from cluster.place import ClusterConfig
+from cluster.secret import load_in_workers
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -24,18 +25,25 @@ SHARED_PLACES = 8
 
 
 @contextmanager
-def joined(cluster: ClusterConfig, workers: int, most: int | None = None) -> Iterator[None]:
-    """Connected to the cluster, with room for `workers`; a private one has it for `most`. Raises PlanError."""
+def joined(
+    cluster: ClusterConfig, workers: int, most: int | None = None, secrets: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Connected to the cluster, with room for `workers`; a private one has it for `most`. Raises PlanError.
+
+    Args:
+        secrets: variables that each process of the job reads where it runs; see secret.py.
+    """
     address = _address(cluster)
     if address != "local":
         check_address(address)
+    environment = load_in_workers(secrets or {})
     try:
         if address == "local":
             places = min(most or workers, SHARED_PLACES)
             cpus = max(places * cluster.cpus_per_worker, os.cpu_count() or 1)
-            ray.init(address="local", num_cpus=cpus, include_dashboard=True)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=True, runtime_env=environment)
         else:
-            ray.init(address=address)
+            ray.init(address=address, runtime_env=environment)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PlanError(

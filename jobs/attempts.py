@@ -23,7 +23,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster import env, models, session
+from cluster import env, models, secret, session
 from cluster.errors import LuthierError, OutOfMemory, RunFailed
 from cluster.logs import say
 from cluster.models import Shape
@@ -227,6 +227,7 @@ def _loop(job: Job) -> Callable[[], None]:
     """What each worker runs. A closure, because Ray Train's config dictionary would lose the types."""
 
     def loop() -> None:
+        secret.load(job.recipe.secrets)
         prepare_environment(job.recipe.cluster.accelerator)
         from jobs.worker import work
 

@@ -159,11 +159,12 @@ def _submit_resume(address: str, run_id: str, store: str, given: list[str]) -> N
     from jobs import runs
 
     opened = open_existing(store)
-    cluster = runs.find(opened, run_id).record.recipe["cluster"]
+    recipe = runs.find(opened, run_id).record.recipe
+    kept = [f"secrets.{name}={reference}" for name, reference in recipe.get("secrets", {}).items()]
     # One more attempt is another job, and the same press twice is not.
     does = f"{run_id} after {len(runs.attempts(opened, run_id))} attempts"
-    command = ["python", "-m", "jobs.resume", run_id, f"store={store}", *given]
-    _submit(address, run_id, command, does, cluster.get("driver_cpus", 0.0), [])
+    command = ["python", "-m", "jobs.resume", run_id, f"store={store}", *kept, *given]
+    _submit(address, run_id, command, does, recipe["cluster"].get("driver_cpus", 0.0), [])
 
 
 @app.command()

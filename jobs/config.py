@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from cluster import keys
-from cluster.config import Config, Reference
+from cluster.config import Config, Reference, Secrets
 from cluster.models import ModelConfig
 from cluster.place import ClusterConfig
 from cluster.store import check_url
@@ -163,6 +163,7 @@ class Recipe(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     publish: PublishConfig | None = None
+    secrets: Secrets = Field({}, description="variables that are set where the job runs: NAME: secret://…")
     priority: int = Field(0, description="on a cluster that is shared, jobs with a higher one go first")
     from_: str | None = Field(
         None, alias="from", description="RUN or RUN@STEP of the same store: begin with the weights of that checkpoint"

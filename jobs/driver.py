@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cluster import __version__, keys, models, records, registry
+from cluster import __version__, keys, models, records, registry, secret
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, InputError, LuthierError, RunFailed
 from cluster.logs import say
@@ -41,10 +41,11 @@ def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     shape = shape_of(recipe.model)
     if shape:
         make_plan(recipe, shape)
+    secret.load(recipe.secrets)
     store = open_store(recipe.store)
     files = [dataset.locate_all(names, store, Path.cwd()) for names in (recipe.data.train, recipe.data.evaluation)]
     parent = runs.find_checkpoint(store, recipe.from_) if recipe.from_ else None
-    with joined(recipe.cluster, recipe.train.fewest, recipe.train.most):
+    with joined(recipe.cluster, recipe.train.fewest, recipe.train.most, recipe.secrets):
         record, shape = begin(recipe, files, parent, store)
         return _carry_out(record, recipe, shape, store)
 
@@ -80,6 +81,8 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
 
     Raises LuthierError: InputError when there is no such run, when it has succeeded, or when it is still running.
     """
+    given = (override.partition("=") for override in overrides if override.startswith("secrets."))
+    secret.load({name.removeprefix("secrets."): reference for name, _, reference in given})  # the store's own, perhaps
     store = open_store(url)
     found = runs.find(store, run_id)
     if found.state not in ("stopped", "failed", "lost"):
@@ -87,9 +90,10 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         wait = ", or is lost, which shows within a minute" if found.state != "succeeded" else ""
         raise InputError(f"run {run_id} {still}{wait}; `luthier jobs show {run_id} --store {url}` tells more")
     recipe = _recipe_again(found.record, overrides)
+    secret.load(recipe.secrets)
     if started := runs.attempts(store, run_id):  # as it was last, where memory has corrected the recipe
         recipe = recipe.at(micro_batch=min(recipe.train.micro_batch, started[-1].micro_batch))
-    with joined(recipe.cluster, recipe.train.fewest, recipe.train.most):
+    with joined(recipe.cluster, recipe.train.fewest, recipe.train.most, recipe.secrets):
         folder = models.fetch(recipe.model, found.record.base, store)
         shape = read_shape(folder)
         say(summary(recipe, make_plan(recipe, shape)))
@@ -112,10 +116,10 @@ def _recipe_again(record: RunRecord, overrides: Sequence[str]) -> Recipe:
         Fault(
             f"command line `{override}`",
             "",
-            f"a run goes on as it began; only {', '.join(RESUMABLE)} and cluster may change",
+            f"a run goes on as it began; only {', '.join(RESUMABLE)}, cluster and secrets may change",
         )
         for override in overrides
-        if (key := override.partition("=")[0]) not in RESUMABLE and key.partition(".")[0] != "cluster"
+        if (key := override.partition("=")[0]) not in RESUMABLE and key.partition(".")[0] not in ("cluster", "secrets")
     ]
     if faults:
         raise ConfigError(faults)

@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from cluster import keys
-from cluster.config import Config, Reference
+from cluster.config import Config, Reference, Secrets
 from cluster.models import ModelConfig
 
 Port = Annotated[int, Field(ge=1, le=65535)]
@@ -164,6 +164,7 @@ class ServingConfig(Config):
     replicas: ReplicaConfig = ReplicaConfig()
     http: HttpConfig = HttpConfig()
     adapters: AdaptersConfig = AdaptersConfig()
+    secrets: Secrets = Field({}, description="variables that are set in each replica and ingress: NAME: secret://…")
 
     @model_validator(mode="after")
     def _check(self) -> "ServingConfig":

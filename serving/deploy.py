@@ -20,7 +20,7 @@ from ray.serve.schema import ApplicationStatus
 
 import cluster
 import serving
-from cluster import env, models
+from cluster import env, models, secret
 from cluster.errors import ConfigError, Fault, PlanError, RunFailed
 from cluster.session import check_address
 from cluster.store import open_store
@@ -59,6 +59,7 @@ def deploy(config: ServingConfig, timeout_s: float, tell: Callable[[str], None])
     Raises ConfigError and ModelError before anything is changed, RunFailed with the replica's reason when it cannot
     start, PlanError when it is still not up after `timeout_s`: the cluster then has too little, and goes on trying.
     """
+    secret.load(config.secrets)
     store = open_store(config.store)
     base = models.pin(config.model, store)
     serve.start(http_options={"host": config.http.host, "port": config.http.port})

@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from cluster import metrics
+from cluster import metrics, secret
 from cluster.errors import LuthierError, Overloaded
 from cluster.records import AdapterRecord, BaseModelRef
 from cluster.store import open_store
@@ -51,6 +51,7 @@ class Ingress:
     """One process that speaks HTTP. Made by Serve, which runs the ASGI application that this gives it."""
 
     def __init__(self, config: ServingConfig, base: BaseModelRef, replicas: DeploymentHandle[Any]) -> None:
+        secret.load(config.secrets)
         self._base = base
         self._replicas = replicas
         self._resolver = Resolver(open_store(config.store), base, config.adapters.alias_refresh_s, self._prefetch)

@@ -24,7 +24,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from cluster import models
+from cluster import models, secret
 from cluster.errors import InvalidRequest, Overloaded
 from cluster.records import AdapterRecord, BaseModelRef
 from cluster.store import open_store
@@ -65,6 +65,7 @@ class Replica:
         self._base = base
         if config.engine.kind == "vllm":
             find_python(config.engine.python)  # before anything is fetched
+        secret.load(config.secrets)
         store = open_store(config.store)
         folder = models.fetch(config.model, base, store)
         limits = (models.read_shape(folder).max_position_embeddings, config.engine.max_sequence_tokens)

@@ -81,7 +81,7 @@ def shared(name: str) -> S3Server:
 
 
 @contextmanager
-def ministack() -> Iterator[S3Server]:
+def ministack(services: str = "s3,iam,sts") -> Iterator[S3Server]:
     """An in-memory emulator whose conditional requests are right; refuses wrong, unknown and missing credentials."""
     with tempfile.TemporaryDirectory(prefix="ministack-") as folder:
         port = free_ports(1)
@@ -90,7 +90,7 @@ def ministack() -> Iterator[S3Server]:
             "BIND_HOST": "127.0.0.1",
             "GATEWAY_PORT": str(port),
             "IOT_MTLS_ENABLED": "false",  # or it listens on every interface
-            "SERVICES": "s3,iam,sts",
+            "SERVICES": services,
             "TMPDIR": folder,
         }
         with _running([sys.executable, "-m", "ministack"], settings, Path(folder), port):

@@ -4,6 +4,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from ray._private import ray_constants
 from ray._private.runtime_env.packaging import create_package
 
 from cluster.errors import ConfigError
@@ -27,7 +28,7 @@ def tree(root: Path, files: dict[str, str | int]) -> Path:
 
 def zipped(root: Path, target: Path) -> set[str]:
     """What Ray itself puts into its package."""
-    create_package(str(root), target, include_gitignore=True)
+    create_package(str(root), target, include_gitignore=True, excludes=ray_constants.get_runtime_env_default_excludes())
     with zipfile.ZipFile(target) as package:
         return {name for name in package.namelist() if not name.endswith("/")}
 
@@ -44,6 +45,8 @@ def test_it_counts_what_ray_sends(tmp_path: Path) -> None:
             ".gitignore": "/data/\n",
             ".rayignore": "/tests/",
             "tests/test_a.py": "",
+            ".venv/lib/large.so": 10,
+            ".git/index": "",
             "link.txt": "x",
         },
     )

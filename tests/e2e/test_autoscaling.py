@@ -3,12 +3,13 @@
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 
 from cluster.nodes import Group, LocalCluster
@@ -16,6 +17,7 @@ from cluster.store import open_store
 from jobs import runs
 from tests.conftest import TinyModels
 from tests.e2e.submit import DEADLINE_S, train, write_recipe
+from tests.servers import S3Server
 
 SPOT, ON_DEMAND = Group("spot", {"CPU": 1}, most=3, spot=True), Group("on-demand", {"CPU": 1}, most=3)
 
@@ -65,8 +67,10 @@ def metadata() -> Iterator[Metadata]:
 
 
 @pytest.fixture(scope="module")
-def elastic(cache: Path, metadata: Metadata) -> Iterator[LocalCluster]:
-    variables = {"LUTHIER_CACHE": str(cache), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+def elastic(cache: Path, metadata: Metadata, s3: S3Server) -> Iterator[LocalCluster]:
+    """It knows where the store is, and not the credentials."""
+    known = {name: value for name, value in s3.env.items() if "KEY" not in name}
+    variables = {"LUTHIER_CACHE": str(cache), "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", **known}
     with LocalCluster(groups=[SPOT, ON_DEMAND], variables=variables, idle_s=3, metadata=metadata.address) as cluster:
         yield cluster
         assert not cluster.autoscaler_errors()
@@ -78,6 +82,7 @@ def recipe(tiny_models: TinyModels, rows: Path, tmp_path_factory: pytest.TempPat
     return write_recipe(folder, tiny_models["qwen3"], [rows], name="elastic", store=f"file://{folder}/store")
 
 
+KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 TWO = ("train.workers=2", "cluster.autoscales=true")
 
 
@@ -115,13 +120,47 @@ def wait_until_gone(cluster: LocalCluster, within_s: float) -> None:
         time.sleep(0.2)
 
 
-def test_nodes_come_for_a_job_and_go_after_it(elastic: LocalCluster, recipe: Path) -> None:
+def asked(cluster: LocalCluster, route: str) -> bytes:
+    """What the dashboard answers."""
+    token = Path(cluster.environment()["RAY_AUTH_TOKEN_PATH"]).read_text()
+    answer = httpx.get(f"{cluster.dashboard_url}{route}", headers={"Authorization": f"Bearer {token}"}, timeout=30)
+    assert answer.is_success, (route, answer.text)
+    return answer.content
+
+
+def test_nodes_come_for_a_job_and_go_after_it_and_no_secret_is_seen(
+    elastic: LocalCluster, s3: S3Server, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store's credentials are known by name alone: each process of the job reads them where it runs."""
+    url = f"s3://{s3.bucket}/elastic"
+    for name in KEYS:
+        assert name not in elastic.environment()
+        (tmp_path / name).write_text(s3.env[name])
+    named = [f"secrets.{name}=secret://file{tmp_path}/{name}" for name in KEYS]
     with counted(elastic) as seen:
-        result = train(elastic, recipe, *TWO).result
-    assert result["state"] == "succeeded"
-    assert result["adapter"] == "elastic@1"
+        done = train(elastic, recipe, *TWO, f"store={url}", *named)
+    assert done.result["state"] == "succeeded"
+    assert done.result["adapter"] == "elastic@1"
     assert max(sum(each.groups.values()) for each in seen) == 2
     assert all("on-demand" not in each.groups for each in seen)  # spot is to be had, so nothing else is asked for
+    canary = s3.env["AWS_SECRET_ACCESS_KEY"].encode()
+    assert canary not in done.output.encode()
+    for path in elastic.folder.rglob("*"):
+        if path.is_file():
+            assert canary not in path.read_bytes(), path
+    for route in ("/api/jobs/", "/api/v0/actors?detail=1", "/api/v0/tasks?detail=1", "/api/v0/runtime_envs?detail=1",
+                  "/api/v0/workers?detail=1", "/api/v0/cluster_events", "/api/serve/applications/"):  # fmt: skip
+        assert canary not in asked(elastic, route), route
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it ended meanwhile
+            command = process.read_bytes()
+            assert canary not in command or b"ceph-rgw" in command, command
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    store = open_store(url)
+    found = list(store.list(""))
+    assert found
+    assert all(canary not in store.get(each.key) for each in found)
     wait_until_gone(elastic, 60)
 
 
