@@ -12,6 +12,7 @@ registry   adapters: publish, resolve, aliases with history, list
 metrics    every metric's name
 logs       what a job prints: progress, plain lines, the last JSON line
 place      WHERE a job runs: what `configs/clusters/NAME.yaml` holds
+launch/    a cluster from its file: AWS, Google Cloud, Azure, SSH, Kubernetes
 session    joining a Ray cluster, always by address, with room for the job
 nodes      a Ray cluster of local processes, always with a token
 cli        the `luthier` command

@@ -1,0 +1,34 @@
+"""Machines that are there, over SSH: a cluster-launcher file of Ray's `local` provider.
+
+They run no container: a virtual environment at `venv`, made from `requirements.lock` where it is not there yet (it may
+lie on a shared disk). Ray sees their CPUs and GPUs by itself, and takes no node types for them.
+"""
+
+from cluster.launch.release import Release
+from cluster.launch.spec import MARKET, OnPremises
+from cluster.launch.vm import Launcher, auth, start
+
+_LOCK = "~/luthier-requirements.lock"
+
+
+def launcher_file(name: str, provider: OnPremises, release: Release) -> Launcher:
+    """What `ray up` reads."""
+    venv = provider.venv.rstrip("/")
+    python = f"{venv}/bin/python"
+    started = start(name, provider, f"{venv}/bin/", {MARKET: "on-demand", **provider.labels})
+    started["file_mounts"][_LOCK] = str(release.lock)
+    return {
+        "cluster_name": name,
+        "max_workers": len(provider.workers),
+        "min_workers": len(provider.workers),
+        "provider": {"type": "local", "head_ip": provider.head, "worker_ips": list(provider.workers)},
+        "auth": auth(provider.ssh),
+        "docker": {},
+        "initialization_commands": [],
+        "setup_commands": [
+            f"[ -x {python} ] || python{release.python} -m venv {venv}",
+            f"[ -x {venv}/bin/ray ] || {python} -m pip install --quiet --requirement {_LOCK}",
+            f"{python} -c '{release.check}'",
+        ],
+        **started,
+    }
