@@ -43,6 +43,7 @@ def up(cluster: ClusterConfig, folder: Path, yes: bool) -> None:
         _run([*kubectl, "apply", "-f", str(folder / POLICY), "-f", str(folder / CLUSTER)])
         return
     token.prepare(cluster.name, provider.environment_file)
+    # Ray's cache of what it looked up in the cloud outlives changes there.
     _run([_ray(), "up", *(["--yes"] if yes else []), "--no-config-cache", str(folder / LAUNCHER)])
 
 
@@ -97,7 +98,7 @@ def dashboard(cluster: ClusterConfig, folder: Path, port: int) -> None:
 
 def _check(name: str, provider: Provider) -> None:
     """Whatever can be known to fail before a machine costs anything."""
-    place = f"configs/clusters/{name}.yaml"
+    place = f"cluster {name}"
     if not isinstance(provider, OnPremises) and _PLACEHOLDER.search(provider.image):
         message = f"still the example's; build and push your own (luthier cluster files {name}), and write its digest"
         raise ConfigError([Fault(place, "provider.image", message)])
@@ -124,8 +125,11 @@ def _tunnel_tools(provider: Provider) -> Sequence[str]:
 
 
 def _check_sdk(module: str, packages: Sequence[str]) -> None:
-    top = module.partition(".")[0]
-    if importlib.util.find_spec(top) is None or importlib.util.find_spec(module) is None:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # a package around it is missing
+        found = None
+    if found is None:
         raise PlanError(f"Ray's provider needs the cloud's SDK: pip install {' '.join(packages)}")
 
 

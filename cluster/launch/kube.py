@@ -9,6 +9,7 @@ RayService the operator itself speaks to the dashboard, so there it listens in t
 lets the operator in, and the token is asked for.
 """
 
+from pathlib import PurePath
 from typing import Any
 
 import yaml
@@ -63,7 +64,7 @@ def ray_service(name: str, provider: Kubernetes, release: Release, config: str, 
     """A cluster that serves one config of `configs/serving`, whose path in the image is given."""
     arguments = {"config": config, "overrides": [f"store={store}"] if store else []}
     application = {
-        "name": name,
+        "name": PurePath(config).stem,
         "route_prefix": "/",
         "import_path": "serving.service:application",
         "args": arguments,
