@@ -1,11 +1,15 @@
-"""`luthier cluster files|up|down|status|dashboard`: clusters from configs/clusters/NAME.yaml."""
+"""`luthier cluster files|up|down|status|dashboard`: clusters from configs/clusters/NAME.yaml.
+
+Commands import what they need when they run, so that --help takes no second.
+"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.place import ClusterConfig
+if TYPE_CHECKING:
+    from cluster.place import ClusterConfig
 
 app = typer.Typer()
 
@@ -70,15 +74,16 @@ def dashboard(name: Name, port: Annotated[int, typer.Option(help="on this machin
     commands.dashboard(cluster, _write(cluster)[0].parent, port)
 
 
-def _load(name: str) -> ClusterConfig:
+def _load(name: str) -> "ClusterConfig":
     from cluster.config import load
+    from cluster.place import ClusterConfig
 
     path = Path(name) if name.endswith(".yaml") else Path("configs/clusters") / f"{name}.yaml"
     return load(path, ClusterConfig)
 
 
 def _write(
-    cluster: ClusterConfig,
+    cluster: "ClusterConfig",
     out: Path | None = None,
     recipe: str | None = None,
     serving: str | None = None,

@@ -1,6 +1,7 @@
 """`ray` and `kubectl`, run on the generated files. Each command is printed before it runs, as you would type it."""
 
 import base64
+import contextlib
 import importlib.util
 import os
 import re
@@ -93,7 +94,8 @@ def dashboard(cluster: ClusterConfig, folder: Path, port: int) -> None:
     say(
         f"  export RAY_ADDRESS=http://127.0.0.1:{port} RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token.token_file(name)}"
     )
-    _run(command)
+    with contextlib.suppress(KeyboardInterrupt):  # how a tunnel ends
+        _run(command)
 
 
 def _check(name: str, provider: Provider) -> None:
@@ -159,13 +161,13 @@ def _ray() -> str:
 def _environment() -> dict[str, str]:
     """For Ray's own commands: our providers can be imported, and nothing is reported to anybody."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_UP_enable_autoscaler_v2": "1"}
+    return {**os.environ, "PYTHONPATH": path, "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def _run(command: list[str]) -> None:
     say(shlex.join([Path(command[0]).name, *command[1:]]))
     code = subprocess.run(command, env=_environment()).returncode
-    if code not in (0, -2, 130):  # interrupting a tunnel is how it ends
+    if code:
         raise RunFailed(f"`{Path(command[0]).name} {command[1]}` failed with exit code {code}; what it says is above")
 
 

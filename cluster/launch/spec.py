@@ -110,26 +110,34 @@ class Ssh(Config):
     )
 
 
+_ENVIRONMENT_FILE = Field(
+    None, description="file of NAME=value lines that Ray is started with on every node; it travels as a file"
+)
+
+
 class _Provider(Config):
     """What every provider has."""
 
-    idle_minutes: PositiveFloat = Field(5.0, description="an idle worker is removed after it")
     usage_stats: bool = Field(False, description="let Ray send usage statistics to its makers")
+
+
+class _InContainers(_Provider):
+    """Nodes that come and go, and all run one image."""
+
+    image: Image = Field(description="what every node runs; made with the container file")
     base_image: Image | None = Field(
         None, description="what the container file starts from: a Python image for Debian, of your own Python version"
     )
+    idle_minutes: PositiveFloat = Field(5.0, description="an idle worker is removed after it")
 
 
-class _Machines(_Provider):
-    """Machines of a cloud, started by Ray's cluster launcher, each running the image."""
+class _Machines(_InContainers):
+    """Machines of a cloud, started by Ray's cluster launcher."""
 
-    image: Image = Field(description="what every node runs; made with the container file")
     head: Head
     groups: dict[Name, MachineGroup] = Field(min_length=1)
     ssh: Ssh
-    environment_file: str | None = Field(
-        None, description="file of NAME=value lines that Ray is started with on every node; it travels as a file"
-    )
+    environment_file: str | None = _ENVIRONMENT_FILE
     prepare: tuple[str, ...] = Field(
         (), description="commands on each new machine before its image is pulled, for example to log in to a registry"
     )
@@ -195,9 +203,7 @@ class OnPremises(_Provider):
     ssh: Ssh
     venv: str = Field("~/luthier-env", description="virtual environment on each machine, made when it is not there")
     labels: Labels = Field({}, description="node labels of the workers")
-    environment_file: str | None = Field(
-        None, description="file of NAME=value lines that Ray is started with on every node; it travels as a file"
-    )
+    environment_file: str | None = _ENVIRONMENT_FILE
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -232,11 +238,10 @@ class HeadPod(Config):
     memory_gb: PositiveFloat = 8.0
 
 
-class Kubernetes(_Provider):
+class Kubernetes(_InContainers):
     """A namespace of a Kubernetes cluster on which KubeRay's operator runs."""
 
     kind: Literal["kubernetes"]
-    image: Image = Field(description="what every pod runs; made with the container file")
     namespace: Name
     context: str | None = Field(None, description="kubectl's context; not set: the current one")
     operator_namespace: Name = Field("kuberay-system", description="where KubeRay's operator runs")

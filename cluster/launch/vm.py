@@ -37,6 +37,7 @@ def launcher(
     return {
         "cluster_name": name,
         "max_workers": sum(group.max for group in provider.groups.values()),
+        "idle_timeout_minutes": provider.idle_minutes,
         "provider": where,
         **nodes,
         "head_node_type": HEAD_TYPE,
@@ -58,11 +59,11 @@ def start(
     """The keys that start Ray, and what it is started with. `labels` are those of workers without a node type."""
     ray = f"{bin_folder}ray"
     first = f"{environment(provider.usage_stats)} ulimit -n {_ULIMIT};"
+    autoscaler = f"export RAY_enable_autoscaler_v2={int(not isinstance(provider, OnPremises))};"
     ports = "--object-manager-port=8076"
     marked = f" --labels={','.join(f'{key}={value}' for key, value in labels.items())}" if labels else ""
     return {
         "upscaling_speed": 1.0,
-        "idle_timeout_minutes": provider.idle_minutes,
         "file_mounts": {FOLDER: LOCAL_FOLDER.format(name=name)},
         "cluster_synced_files": [],
         "file_mounts_sync_continuously": False,
@@ -72,8 +73,8 @@ def start(
         "worker_setup_commands": [],
         "head_start_ray_commands": [
             f"{ray} stop",
-            f"{first} {ray} start --head --port=6379 {ports} --dashboard-host=127.0.0.1 --num-cpus=0 --num-gpus=0 "
-            "--autoscaling-config=~/ray_bootstrap_config.yaml",
+            f"{first} {autoscaler} {ray} start --head --port=6379 {ports} --dashboard-host=127.0.0.1 "
+            "--num-cpus=0 --num-gpus=0 --autoscaling-config=~/ray_bootstrap_config.yaml",
         ],
         "worker_start_ray_commands": [
             f"{ray} stop",

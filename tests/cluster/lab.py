@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 LAPTOP, HEAD, WORKER = "10.77.0.1", "10.77.0.10", "10.77.0.11"
 PORT = 8265
-PATIENCE_S = 150.0
+PATIENCE_S = 90.0
 
 MACHINE = r"""
 set -e
@@ -30,6 +30,7 @@ until ip link show eth0 >/dev/null 2>&1; do sleep 0.1; done
 ip link set lo up
 ip address add $2/24 dev eth0
 ip link set eth0 up
+ip route add default via 10.77.0.1 # to nowhere; Ray takes its own address from it
 mkdir -p $folder/root/.ssh $folder/ray
 cp $folder/../key.pub $folder/root/.ssh/authorized_keys
 chmod -R go-rwx $folder/root
@@ -63,15 +64,16 @@ provider:
   ssh: {{user: root, private_key: {folder}/key, via: direct}}
 """
 
-JOB = """
-import os, socket, ray
-ray.init()
+JOB = """\
+import json, os, ray
+
 @ray.remote(label_selector={"ray.io/market-type": "on-demand", "rack": "a1"})
 def work():
-    context = ray.get_runtime_context()
-    return context.get_node_labels(), os.environ.get("LAB_CANARY")
-labels, canary = ray.get(work.remote())
-print("RESULT", canary, labels["rack"], ray.cluster_resources().get("node:HEAD"))
+    return ray.util.get_node_ip_address(), os.environ.get("LAB_CANARY")
+
+ray.init()
+where, canary = ray.get(work.remote())
+print("RESULT", json.dumps({"driver": ray.util.get_node_ip_address(), "task": where, "canary": canary}))
 """
 
 
@@ -82,8 +84,7 @@ class Machine:
         self.folder = folder / name
         self.folder.mkdir()
         outer = ["unshare", "--uts", "--pid", "--net", "--mount", "--mount-proc", "--fork", "--kill-child"]
-        script = f"{MACHINE}"
-        self.process = subprocess.Popen([*outer, "bash", "-c", script, "bash", str(self.folder), address])
+        self.process = subprocess.Popen([*outer, "bash", "-c", MACHINE, "bash", str(self.folder), address])
         wait_for("a machine", lambda: self._inner() is not None)
         link = f"veth-{name}"
         ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(self._inner()))
@@ -95,6 +96,10 @@ class Machine:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return int(children[0]) if children else None
 
+    def runs(self, program: str) -> bool:
+        """Whether a program of that name runs on it."""
+        return any(text.split("\0")[0].endswith(f"/{program}") for text in self.processes())
+
     def processes(self) -> list[str]:
         """Command lines and environments of all that runs on it."""
         inside = f"/proc/{self._inner()}/root/proc"
@@ -102,7 +107,8 @@ class Machine:
         for entry in Path(inside).iterdir():
             if entry.name.isdigit():
                 try:
-                    texts.append(((entry / "cmdline").read_bytes() + b"\0" + (entry / "environ").read_bytes()).decode())
+                    told = (entry / "cmdline").read_bytes() + b"\0" + (entry / "environ").read_bytes()
+                    texts.append(told.decode(errors="replace"))
                 except OSError:
                     continue  # it has ended
         return texts
@@ -120,12 +126,14 @@ def reaches(address: str, port: int) -> bool:
     return True
 
 
-def wait_for(what: str, there: Callable[[], bool]) -> None:
+def wait_for(what: str, there: Callable[[], bool]) -> dict[str, Any]:
+    """Nothing, once it is there. Raises TimeoutError."""
     deadline = time.monotonic() + PATIENCE_S
     while not there():
         if time.monotonic() > deadline:
             raise TimeoutError(what)
         time.sleep(0.3)
+    return {}
 
 
 def luthier(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -144,6 +152,7 @@ def prepare(folder: Path) -> Path:
     (folder / "ray").mkdir()
     home.mkdir()
     os.environ["HOME"] = str(home)
+    Path("/tmp/ray").mkdir(exist_ok=True)
     subprocess.run(["mount", "--bind", str(folder / "ray"), "/tmp/ray"], check=True)
     for key in ("key", "host_key"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
@@ -157,56 +166,75 @@ def prepare(folder: Path) -> Path:
 
 
 def main(folder: Path) -> dict[str, Any]:
+    """Up, look, submit, down; each step's findings, and under `failed` what did not come about."""
     file = str(prepare(folder))
-    head, worker = Machine(folder, "head", HEAD), Machine(folder, "worker", WORKER)
-    seen: dict[str, Any] = {}
-    up = luthier("up", file, "--yes")
-    seen["up"] = [up.returncode, up.stdout[-3000:] + up.stderr[-2000:]]
-    if up.returncode:
-        return seen
-    wait_for("the worker", lambda: "1 lab" in luthier("status", file).stdout or both_active(file))
-    seen["status"] = luthier("status", file).stdout[-2000:]
-    token = (folder / "home/.luthier/clusters/lab/token").read_text()
-    seen["modes"] = [
-        oct((machine.folder / "root/luthier-cluster" / name).stat().st_mode & 0o777)
-        for machine in (head, worker)
-        for name in (".", "token", "environment")
+    machines = (Machine(folder, "head", HEAD), Machine(folder, "worker", WORKER))
+    seen: dict[str, Any] = {"failed": []}
+    steps: list[Callable[[], dict[str, Any]]] = [
+        lambda: {"up": told(luthier("up", file, "--yes"))},
+        lambda: wait_for("a Ray node on the worker", lambda: machines[1].runs("raylet")),
+        lambda: look(folder, machines),
+        lambda: jobs(file, folder),
+        lambda: {"status": told(luthier("status", file))},
+        lambda: {"down": told(luthier("down", file, "--yes"))},
+        lambda: wait_for("the end of Ray", lambda: not any(machine.runs("raylet") for machine in machines)),
     ]
-    seen["same_token"] = (worker.folder / "root/luthier-cluster/token").read_text() == token
-    seen["token_in_processes"] = any(token in text for machine in (head, worker) for text in machine.processes())
-    seen["dashboard_open"] = reaches(HEAD, PORT)
-    seen.update(jobs(file, folder, token))
-    down = luthier("down", file, "--yes")
-    seen["down"] = [down.returncode, down.stdout[-1500:] + down.stderr[-1500:]]
-    seen["left"] = sum("raylet" in text.split("\0")[0] for machine in (head, worker) for text in machine.processes())
+    for step in steps:
+        try:
+            seen |= step()
+        except (TimeoutError, OSError, subprocess.SubprocessError) as error:
+            seen["failed"].append(repr(error))
+    logs = folder / "head" / "ray" / "session_latest" / "logs"
+    for name in ("monitor.log", "monitor.err"):
+        file_there = folder / "head" / "ray" / Path(os.readlink(logs.parent)).name / "logs" / name
+        seen[name] = file_there.read_text()[-3000:] if file_there.exists() else ""
     return seen
 
 
-def both_active(file: str) -> bool:
-    return luthier("status", file).stdout.count("local.cluster.node") >= 2
+def told(done: subprocess.CompletedProcess[str]) -> list[Any]:
+    """Exit code and the end of what was printed."""
+    return [done.returncode, done.stdout[-3000:] + done.stderr[-3000:]]
 
 
-def jobs(file: str, folder: Path, token: str) -> dict[str, Any]:
+def look(folder: Path, machines: tuple[Machine, ...]) -> dict[str, Any]:
+    """Where the token is, and what the laptop can reach."""
+    token = (folder / "home/.luthier/clusters/lab/token").read_text()
+    kept = [machine.folder / "root/luthier-cluster" / name for machine in machines for name in ("token", "environment")]
+    return {
+        "modes": [oct(path.stat().st_mode & 0o777) for path in kept],
+        "tokens_differ": any(path.read_text() != token for path in kept if path.name == "token"),
+        "token_in_processes": any(token in text for machine in machines for text in machine.processes()),
+        "open_to_the_laptop": [port for port in (PORT, 8076, 6379) if reaches(HEAD, port)],
+    }
+
+
+def jobs(file: str, folder: Path) -> dict[str, Any]:
     """Submit through the tunnel, with the token and without."""
-    ray = str(Path(sys.executable).with_name("ray"))
-    tunnel = subprocess.Popen([sys.executable, "-m", "cluster", "dashboard", file], cwd=ROOT, stdout=subprocess.DEVNULL)
+    (folder / "job.py").write_text(JOB)
+    tunnel = subprocess.Popen(
+        [sys.executable, "-m", "cluster", "dashboard", file],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         wait_for("the tunnel", lambda: reaches("127.0.0.1", PORT))
-        url = f"http://127.0.0.1:{PORT}"
-        command = [ray, "job", "submit", "--address", url, "--entrypoint-num-cpus", "1", "--"]
-        script = [sys.executable, "-c", JOB.replace("HEAD", HEAD)]
+        ray = str(Path(sys.executable).with_name("ray"))
+        options = ["--address", f"http://127.0.0.1:{PORT}", "--entrypoint-num-cpus", "1"]
+        command = [ray, "job", "submit", *options, "--", sys.executable, str(folder / "job.py")]
         path = str(folder / "home/.luthier/clusters/lab/token")
-        with_token = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": path}
-        without = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-        done = subprocess.run([*command, *script], env=with_token, capture_output=True, text=True, timeout=PATIENCE_S)
-        refused = subprocess.run([*command, *script], env=without, capture_output=True, text=True, timeout=PATIENCE_S)
+        runs = {
+            "job": {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": path},
+            "refused": {"RAY_AUTH_MODE": "disabled"},
+        }
+        done = {
+            name: subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=PATIENCE_S)
+            for name, env in runs.items()
+        }
+        return {name: told(run) for name, run in done.items()}
     finally:
-        tunnel.send_signal(signal.SIGINT)
+        os.killpg(tunnel.pid, signal.SIGINT)
         tunnel.wait(30)
-    return {
-        "job": [done.returncode, done.stdout[-1500:] + done.stderr[-1500:]],
-        "refused": [refused.returncode, refused.stderr[-600:]],
-    }
 
 
 if __name__ == "__main__":
