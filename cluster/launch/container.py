@@ -1,6 +1,7 @@
 """The container file that every node runs: the packages of the checkout, with what `requirements.lock` pins.
 
-It holds Luthier too, so that a RayJob and a RayService need nothing else; what a submitted job ships comes first.
+It holds Luthier too, so that a RayJob and a RayService need nothing else; what a submitted job ships comes first. It is
+installed as the source that it is, because a wheel would leave out what is no Python (`serving/engine/kernels.c`).
 """
 
 from cluster.launch import azure, gcp
@@ -25,7 +26,7 @@ COPY cluster cluster
 COPY jobs jobs
 COPY serving serving
 COPY configs configs
-RUN pip install --no-cache-dir --constraint requirements.lock {packages} \\
+RUN pip install --no-cache-dir --constraint requirements.lock --editable {packages} \\
  && python -c '{check}'
 
 # What the NVIDIA runtime gives to the container; RAY_* is said again by whatever starts Ray.

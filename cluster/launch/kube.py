@@ -169,14 +169,15 @@ def _workers(name: str, provider: Kubernetes, group_name: str, group: PodGroup) 
 
 
 def _submitter(name: str, provider: Kubernetes) -> Manifest:
-    """The pod that runs `ray job submit`; it has the cluster's label, so that the network policy lets it in."""
-    container = _container("ray-job-submitter", provider, {"cpu": "500m", "memory": "512Mi"})
+    """The pod that runs `ray job submit`. It needs no secret; its label lets it through the network policy."""
+    container = _container("ray-job-submitter", provider, {"cpu": "500m", "memory": "512Mi"}, secrets=())
     template = _pod(name, provider, container)
     template["spec"] |= {"restartPolicy": "Never", "automountServiceAccountToken": False}
     return template
 
 
 def _pod(name: str, provider: Kubernetes, container: Manifest) -> Manifest:
+    pulling = [{"name": secret} for secret in provider.pull_secrets]
     return {
         "metadata": {"labels": {CLUSTER_LABEL: name}},
         "spec": {
@@ -190,19 +191,22 @@ def _pod(name: str, provider: Kubernetes, container: Manifest) -> Manifest:
             "containers": [container],
             # Kubernetes gives a pod 64 MiB of shared memory, and Ray's objects live in it.
             "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}],
-            **({"imagePullSecrets": [{"name": secret} for secret in provider.pull_secrets]}
-               if provider.pull_secrets else {}),
+            **({"imagePullSecrets": pulling} if pulling else {}),
         },
-    }  # fmt: skip
+    }
 
 
-def _container(role: str, provider: Kubernetes, resources: dict[str, str]) -> Manifest:
+def _container(
+    role: str, provider: Kubernetes, resources: dict[str, str], secrets: tuple[str, ...] | None = None
+) -> Manifest:
+    """`secrets`: those whose keys become variables; not given: the provider's."""
+    variables = [{"secretRef": {"name": secret}} for secret in (provider.secrets if secrets is None else secrets)]
     return {
         "name": role,
         "image": provider.image,
         "resources": {"requests": resources, "limits": resources},
         "env": [{"name": "RAY_USAGE_STATS_ENABLED", "value": str(int(provider.usage_stats))}],
-        **({"envFrom": [{"secretRef": {"name": secret}} for secret in provider.secrets]} if provider.secrets else {}),
+        **({"envFrom": variables} if variables else {}),
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],  # noqa: S108
         "securityContext": _container_security(),
     }

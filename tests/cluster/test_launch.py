@@ -334,6 +334,15 @@ def test_rays_autoscaler_starts_what_a_job_accepts(name: str, tmp_path: Path) ->
     assert launched({"ray.io/accelerator-type": "none such"}) == []
 
 
+def test_the_stores_secret_is_named_and_only_where_work_is_done() -> None:
+    for manifest in manifests(PODS[0]):
+        for path, value in nodes(manifest):
+            if path[-1:] == ("containers",):
+                for container in value:
+                    expected = [] if "submitter" in container["name"] else [{"secretRef": {"name": "luthier-store"}}]
+                    assert container.get("envFrom", []) == expected
+
+
 def test_a_rayjob_trains_the_recipe_that_it_names() -> None:
     job = yaml.safe_load(made(PODS[0])[JOB])["spec"]
     python, module, command, recipe, *overrides = job["entrypoint"].split()
