@@ -49,7 +49,7 @@ def up(cluster: ClusterConfig, folder: Path, yes: bool) -> None:
 
 
 def down(cluster: ClusterConfig, folder: Path, yes: bool) -> None:
-    """End the cluster: its machines, or its pods. Raises as `up` does."""
+    """End the cluster: its machines (over SSH: what runs on them), or its pods. Raises as `up` does."""
     provider = provider_of(cluster)
     if isinstance(provider, Kubernetes):
         # Pods leave before the policy that guards them.
@@ -57,6 +57,9 @@ def down(cluster: ClusterConfig, folder: Path, yes: bool) -> None:
             _run([*_kubectl(provider), "delete", "--ignore-not-found", "--wait", "-f", str(folder / file)])
         return
     _check(cluster.name, provider)
+    if isinstance(provider, OnPremises):
+        # `ray down` looks for `ray` on the head's PATH, and would leave all running. Workers end with their head.
+        _run([_ray(), "exec", str(folder / LAUNCHER), f"{_ray_on(provider)} stop"])
     _run([_ray(), "down", *(["--yes"] if yes else []), str(folder / LAUNCHER)])
 
 
@@ -72,8 +75,7 @@ def status(cluster: ClusterConfig, folder: Path) -> None:
         _run([*kubectl, "exec", found[0], "--container", "ray-head", "--", "ray", "status"])
         return
     _check(cluster.name, provider)
-    ray = f"{provider.venv.rstrip('/')}/bin/ray" if isinstance(provider, OnPremises) else "ray"
-    inside = f"{environment(provider.usage_stats)} {ray} status"
+    inside = f"{environment(provider.usage_stats)} {_ray_on(provider)} status"
     _run([_ray(), "exec", str(folder / LAUNCHER), inside])
 
 
@@ -147,6 +149,11 @@ def _kubectl(provider: Kubernetes) -> list[str]:
         raise PlanError("kubectl is not installed; https://kubernetes.io/docs/tasks/tools/")
     context = ["--context", provider.context] if provider.context else []
     return ["kubectl", *context, "--namespace", provider.namespace]
+
+
+def _ray_on(provider: Aws | Gcp | Azure | OnPremises) -> str:
+    """What `ray` is called on the cluster's machines."""
+    return f"{provider.venv.rstrip('/')}/bin/ray" if isinstance(provider, OnPremises) else "ray"
 
 
 def _ray() -> str:

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import yaml
 
@@ -77,6 +77,8 @@ def make_files(
                 **({JOB: kube.ray_job(name, provider, release, recipe, store)} if recipe else {}),
                 **({SERVICE: kube.ray_service(name, provider, release, serving, store)} if serving else {}),
             }
+        case _:
+            assert_never(provider)
     texts = {file: _text(name, file, document) for file, document in documents.items()}
     container = container_file(name, provider, release, here)
     return texts | ({CONTAINER: container} if container else {})

@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 LAPTOP, HEAD, WORKER = "10.77.0.1", "10.77.0.10", "10.77.0.11"
 PORT = 8265
-PATIENCE_S = 90.0
+PATIENCE_S = 120.0
 
 MACHINE = r"""
 set -e
