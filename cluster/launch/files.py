@@ -60,14 +60,20 @@ def make_files(
     documents: dict[str, Any]
     match provider:
         case Aws():
-            documents = {LAUNCHER: aws.launcher_file(name, provider, release),
-                         "iam-head.json": aws.head_policy(name, provider)}  # fmt: skip
+            documents = {
+                LAUNCHER: aws.launcher_file(name, provider, release),
+                "iam-head.json": aws.head_policy(name, provider),
+            }
         case Gcp():
-            documents = {LAUNCHER: gcp.launcher_file(name, provider, release),
-                         "gcp-head-role.yaml": gcp.head_role(name)}  # fmt: skip
+            documents = {
+                LAUNCHER: gcp.launcher_file(name, provider, release),
+                "gcp-head-role.yaml": gcp.head_role(name),
+            }
         case Azure():
-            documents = {LAUNCHER: azure.launcher_file(name, provider, release),
-                         "azure-role.json": azure.head_role(name, provider)}  # fmt: skip
+            documents = {
+                LAUNCHER: azure.launcher_file(name, provider, release),
+                "azure-role.json": azure.head_role(name, provider),
+            }
         case OnPremises():
             documents = {LAUNCHER: ssh.launcher_file(name, provider, release)}
         case Kubernetes():

@@ -14,6 +14,7 @@ import yaml
 from botocore.validate import ParamValidator
 from jsonschema import ValidationError
 from ray._private.label_utils import validate_node_label_syntax
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.event_logger import AutoscalerEventLogger
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
@@ -303,12 +304,16 @@ def test_nodes_get_the_versions_of_the_lock_file() -> None:
     assert over_ssh["file_mounts"]["~/luthier-requirements.lock"] == str(ROOT / "requirements.lock")
 
 
-@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize("name", [*CLOUDS, *PODS])
 def test_rays_autoscaler_starts_what_a_job_accepts(name: str, tmp_path: Path) -> None:
     """Ray's own scheduler on our node types: spot first where either will do, and never where it will not."""
     key = tmp_path / "key"
     key.write_text("Ray tells by it whether a machine was started with the same settings")
-    config = prepare_config(launcher(name, f"provider.ssh.private_key={key}"))
+    if name in PODS:
+        manifest = next(each for each in manifests(name) if each["kind"] == "RayCluster")
+        config = _derive_autoscaling_config_from_ray_cr(manifest)
+    else:
+        config = prepare_config(launcher(name, f"provider.ssh.private_key={key}"))
     types = AutoscalingConfig(config, skip_content_hash=True).get_node_type_configs()
     groups = cluster(name).provider.groups  # type: ignore[union-attr]
     for node_type in types.values():
