@@ -68,9 +68,19 @@ def head_policy(name: str, provider: Aws, account: str = "ACCOUNT", worker_role:
     own = {"StringEquals": {f"aws:ResourceTag/{_RAYS_TAG}": name}}
     tagged = {"StringEquals": {f"aws:RequestTag/{_RAYS_TAG}": name}}
     types = sorted({group.type for group in provider.groups.values()})
+    reached = {
+        "Sid": "BeReachedThroughSessionManager",
+        "Effect": "Allow",
+        "Action": [
+            "ssm:UpdateInstanceInformation",
+            *(f"ssmmessages:{verb}{kind}Channel" for verb in ("Create", "Open") for kind in ("Control", "Data")),
+        ],
+        "Resource": "*",  # Session Manager knows no narrower resource for these
+    }
     return {
         "Version": "2012-10-17",
         "Statement": [
+            *([reached] if provider.ssh.via == "cloud" else []),
             {
                 "Sid": "Look",
                 "Effect": "Allow",
