@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from cluster.config import Config
-from cluster.launch.spec import Kubernetes, NodeGroup, OnPremises, Provider
+from cluster.launch.spec import Kubernetes, NodeGroup, OnPremises, Provider, plain_name
 
 
 class ClusterConfig(Config):
@@ -27,7 +27,10 @@ class ClusterConfig(Config):
     @model_validator(mode="after")
     def _holds_a_worker(self) -> Self:
         """A job that waits for a node that no group can give would wait for ever."""
-        if self.provider is None or isinstance(self.provider, OnPremises):
+        if self.provider is None:
+            return self
+        plain_name(self.name)  # it becomes part of paths and of commands, and the name of Kubernetes' objects
+        if isinstance(self.provider, OnPremises):
             return self
         groups = self.provider.groups
         if not any(self._places(group) for group in groups.values()):

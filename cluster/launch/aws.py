@@ -33,7 +33,7 @@ def launcher_file(name: str, provider: Aws, release: Release) -> Launcher:
             machine["InstanceMarketOptions"] = {"MarketType": "spot"}
         types[group_name] = worker_type(group, machine)
     tunnel = _TUNNEL.format(region=provider.region)
-    nodes = {"auth": auth(provider.ssh, tunnel), "available_node_types": types}
+    nodes = {"auth": auth(provider.access, tunnel), "available_node_types": types}
     return launcher(name, provider, where, nodes, release)
 
 
@@ -80,7 +80,7 @@ def head_policy(name: str, provider: Aws, account: str = "ACCOUNT", worker_role:
     return {
         "Version": "2012-10-17",
         "Statement": [
-            *([reached] if provider.ssh.via == "cloud" else []),
+            *([reached] if provider.access.via == "cloud" else []),
             {
                 "Sid": "Look",
                 "Effect": "Allow",

@@ -47,7 +47,7 @@ def launcher_file(name: str, provider: Azure, release: Release) -> Launcher:
         if group.market == "spot":
             machine["azure_arm_parameters"] |= {"priority": "Spot", "billingProfile": {"maxPrice": -1}}
         types[group_name] = worker_type(group, machine)
-    nodes = {"auth": auth(provider.ssh), "available_node_types": types}
+    nodes = {"auth": auth(provider.access), "available_node_types": types}
     return launcher(name, provider, where, nodes, release)
 
 
@@ -58,7 +58,7 @@ def _machine(provider: Azure, machine_type: str, disk_gb: int) -> dict[str, Any]
             "vmSize": machine_type,
             "imageId": provider.disk_image,
             "osDiskSize": disk_gb,
-            "adminUsername": provider.ssh.user,
+            "adminUsername": provider.access.user,
             "publicKey": provider.public_key,
         }
     }

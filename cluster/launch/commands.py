@@ -108,9 +108,9 @@ def _check(name: str, provider: Provider) -> None:
         raise ConfigError([Fault(place, "provider.image", message)])
     if isinstance(provider, Kubernetes):
         return
-    key = Path(provider.ssh.private_key).expanduser()
+    key = Path(provider.access.private_key).expanduser()
     if not key.is_file():
-        raise ConfigError([Fault(place, "provider.ssh.private_key", f"no file {key}")])
+        raise ConfigError([Fault(place, "provider.access.private_key", f"no file {key}")])
     if isinstance(provider, Gcp):
         _check_sdk("googleapiclient", gcp.SDK)
     if isinstance(provider, Azure):
@@ -121,9 +121,9 @@ def _check(name: str, provider: Provider) -> None:
 
 
 def _tunnel_tools(provider: Provider) -> Sequence[str]:
-    if isinstance(provider, Aws) and provider.ssh.via == "cloud":
+    if isinstance(provider, Aws) and provider.access.via == "cloud":
         return ("aws", "session-manager-plugin")
-    if isinstance(provider, Gcp) and provider.ssh.via == "cloud":
+    if isinstance(provider, Gcp) and provider.access.via == "cloud":
         return ("gcloud",)
     return ()
 

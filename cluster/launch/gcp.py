@@ -36,7 +36,7 @@ def launcher_file(name: str, provider: Gcp, release: Release) -> Launcher:
             machine["scheduling"] |= {"provisioningModel": "SPOT", "instanceTerminationAction": "DELETE"}
         types[group_name] = worker_type(group, machine)
     tunnel = _TUNNEL.format(project=provider.project, zone=provider.zone)
-    nodes = {"auth": auth(provider.ssh, tunnel), "available_node_types": types}
+    nodes = {"auth": auth(provider.access, tunnel), "available_node_types": types}
     return launcher(name, provider, where, nodes, release)
 
 
@@ -58,7 +58,7 @@ def _machine(provider: Gcp, machine_type: str, disk_gb: int, account: str) -> di
         "scheduling": {"onHostMaintenance": "TERMINATE", "automaticRestart": False},
         "metadata": {
             "items": [
-                {"key": "ssh-keys", "value": f"{provider.ssh.user}:{provider.public_key}"},
+                {"key": "ssh-keys", "value": f"{provider.access.user}:{provider.public_key}"},
                 {"key": "block-project-ssh-keys", "value": "true"},
             ]
         },

@@ -9,12 +9,12 @@ RayService the operator itself speaks to the dashboard, so there it listens in t
 lets the operator in, and the token is asked for.
 """
 
+import shlex
 from pathlib import PurePath
 from typing import Any
 
 import yaml
 
-from cluster.errors import ConfigError, Fault
 from cluster.launch.release import Release
 from cluster.launch.spec import HeadPod, Kubernetes, PodGroup
 
@@ -26,9 +26,6 @@ DASHBOARD_PORT = 8265
 SERVE_PORT = 8000
 
 Manifest = dict[str, Any]
-
-_MAX_NAME = 47
-"""KubeRay adds to the names of jobs and services; a cluster's own may have 53."""
 
 _LOOPBACK = "127.0.0.1"
 _POD = "0.0.0.0"  # noqa: S104 - inside the pod's network, behind the network policy and the token
@@ -47,7 +44,7 @@ def ray_job(name: str, provider: Kubernetes, release: Release, recipe: str, stor
         name,
         provider,
         {
-            "entrypoint": " ".join(["python -m jobs.train", recipe, *overrides]),
+            "entrypoint": shlex.join(["python", "-m", "jobs.train", recipe, *overrides]),
             "entrypointNumCpus": 1,  # the head has none, so the driver runs on a worker
             "submissionMode": "K8sJobMode",
             "submitterPodTemplate": _submitter(name, provider),
@@ -110,8 +107,6 @@ def _tcp(port: int) -> Manifest:
 
 
 def _manifest(kind: str, name: str, provider: Kubernetes, spec: Manifest) -> Manifest:
-    if len(name) > _MAX_NAME:
-        raise ConfigError([Fault(name, "name", f"{len(name)} characters; KubeRay takes at most {_MAX_NAME}")])
     return {"apiVersion": "ray.io/v1", "kind": kind, "metadata": _metadata(name, provider), "spec": spec}
 
 

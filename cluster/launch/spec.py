@@ -25,7 +25,7 @@ ACCELERATOR = "ray.io/accelerator-type"
 
 _LABEL = re.compile(r"(?:[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
-_DIGEST = re.compile(r"[^\s@]+@sha256:[0-9a-f]{64}")
+_DIGEST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]*@sha256:[0-9a-f]{64}")
 
 
 def _pinned(image: str) -> str:
@@ -37,15 +37,42 @@ def _pinned(image: str) -> str:
     return image
 
 
-def _name(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The name, when it can be one of a cluster or a group. Raises ValueError."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name!r}: use at most 40 small letters, digits and dashes, beginning with a letter")
     return name
 
 
+def _group_name(name: str) -> str:
+    if name in ("head", "headgroup"):
+        raise ValueError(f"{name!r} is what Ray and KubeRay call the head; give the group another name")
+    return plain_name(name)
+
+
+def _labels(labels: dict[str, str]) -> dict[str, str]:
+    for key, value in labels.items():
+        if not _LABEL.fullmatch(key) or not _LABEL.fullmatch(value) or "/" in value:
+            raise ValueError(f"{key}: {value} is not a Kubernetes label")
+    return labels
+
+
+def _own_labels(labels: dict[str, str]) -> dict[str, str]:
+    for key in labels:
+        if key.startswith("ray.io/"):
+            raise ValueError(f"{key}: labels under ray.io/ are set from market and gpu")
+    return labels
+
+
+# What becomes part of a path or a command is held to plain characters.
 Image = Annotated[str, AfterValidator(_pinned)]
-Name = Annotated[str, AfterValidator(_name)]
-Labels = dict[str, str]
+Name = Annotated[str, AfterValidator(plain_name)]
+GroupName = Annotated[str, AfterValidator(_group_name)]
+Labels = Annotated[dict[str, str], AfterValidator(_labels)]
+NodeLabels = Annotated[Labels, AfterValidator(_own_labels)]
+Way = Annotated[str, Field(pattern=r"^(cloud|direct|[A-Za-z0-9_][A-Za-z0-9_.-]*@[A-Za-z0-9][A-Za-z0-9.:-]*)$")]
+Plain = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]*$")]
+Host = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9.:-]*$")]
 
 
 class NodeGroup(Config):
@@ -57,7 +84,7 @@ class NodeGroup(Config):
     cpus: PositiveInt = Field(description="CPUs that a node offers to Ray")
     gpus: NonNegativeInt = Field(0, description="GPUs of a node")
     gpu: str | None = Field(None, description="their type, as Ray names it: H100, A100, L4, …")
-    labels: Labels = Field({}, description="further node labels, for a job's label selectors")
+    labels: NodeLabels = Field({}, description="further node labels, for a job's label selectors")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -65,11 +92,6 @@ class NodeGroup(Config):
             raise ValueError(f"min {self.min} is more than max {self.max}")
         if bool(self.gpus) != bool(self.gpu):
             raise ValueError("gpus and gpu go together: how many a node has, and of which type")
-        for key, value in self.labels.items():
-            if not _LABEL.fullmatch(key) or not _LABEL.fullmatch(value) or "/" in value:
-                raise ValueError(f"labels: {key}: {value} is not a Kubernetes label")
-            if key.startswith("ray.io/"):
-                raise ValueError(f"labels: {key}: labels under ray.io/ are set from market and gpu")
         return self
 
     @property
@@ -98,12 +120,12 @@ class Head(Config):
     disk_gb: PositiveInt = 100
 
 
-class Ssh(Config):
-    """How the machines are reached. They have no public addresses."""
+class Access(Config):
+    """How the machines are reached over SSH. None needs a public address."""
 
-    user: str = "ubuntu"
+    user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]*$")] = "ubuntu"
     private_key: str = Field(description="file of the private key on this machine")
-    via: str = Field(
+    via: Way = Field(
         "cloud",
         description="`cloud`: the cloud's own tunnel (AWS Session Manager, Google's IAP); `direct`: this machine is in "
         "the network; or user@host: a jump host",
@@ -135,8 +157,8 @@ class _Machines(_InContainers):
     """Machines of a cloud, started by Ray's cluster launcher."""
 
     head: Head
-    groups: dict[Name, MachineGroup] = Field(min_length=1)
-    ssh: Ssh
+    groups: dict[GroupName, MachineGroup] = Field(min_length=1)
+    access: Access
     environment_file: str | None = _ENVIRONMENT_FILE
     prepare: tuple[str, ...] = Field(
         (), description="commands on each new machine before its image is pulled, for example to log in to a registry"
@@ -147,11 +169,11 @@ class Aws(_Machines):
     """Amazon Web Services."""
 
     kind: Literal["aws"]
-    region: str
+    region: Plain
     ami: Annotated[str, Field(pattern=r"^ami-[0-9a-f]{8,17}$")] = Field(description="with Docker and GPU drivers")
     subnets: tuple[str, ...] = Field(min_length=1, description="private ones, with a way out")
     security_groups: tuple[str, ...] = Field(min_length=1, description="that let in nothing but themselves")
-    key_name: str = Field(description="EC2's name of ssh.private_key")
+    key_name: str = Field(description="EC2's name of access.private_key")
     head_profile: str = Field(description="instance profile of the head, with the rights of iam-head.json")
     worker_profile: str = Field(description="instance profile of the workers: what your jobs may reach")
 
@@ -160,13 +182,13 @@ class Gcp(_Machines):
     """Google Cloud."""
 
     kind: Literal["gcp"]
-    project: str
+    project: Plain
     zone: Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+-[a-z]$")]
     disk_image: Annotated[str, Field(pattern=r"^projects/[^/]+/global/images/[^/]+$")] = Field(
         description="one image with Docker and GPU drivers, not a family, which moves"
     )
     subnetwork: str = Field(description="projects/P/regions/R/subnetworks/S, with a way out (Cloud NAT)")
-    public_key: str = Field(description="the line of the public key of ssh.private_key")
+    public_key: str = Field(description="the line of the public key of access.private_key")
     head_account: str = Field(description="service account of the head, with the rights of gcp-head-role.yaml")
     worker_account: str = Field(description="service account of the workers: what your jobs may reach")
 
@@ -182,12 +204,12 @@ class Azure(_Machines):
     subnet: str = Field(description="resource id of a subnet with a way out")
     network_security_group: str = Field(description="resource id of one that lets in nothing but its subnet")
     identity: str = Field(description="resource id of the managed identity, with the rights of azure-role.json")
-    public_key: str = Field(description="the line of the public key of ssh.private_key")
+    public_key: str = Field(description="the line of the public key of access.private_key")
 
     @model_validator(mode="after")
     def _reachable(self) -> Self:
-        if self.ssh.via == "cloud":
-            raise ValueError("ssh.via: Azure has no tunnel for ssh's standard input; write `direct` or user@host")
+        if self.access.via == "cloud":
+            raise ValueError("access.via: Azure has no tunnel for ssh's standard input; write `direct` or user@host")
         return self
 
 
@@ -198,17 +220,19 @@ class OnPremises(_Provider):
     """
 
     kind: Literal["ssh"]
-    head: str = Field(description="address of the head's machine, as the others see it")
-    workers: tuple[str, ...] = Field(min_length=1, description="addresses of the workers' machines")
-    ssh: Ssh
-    venv: str = Field("~/luthier-env", description="virtual environment on each machine, made when it is not there")
-    labels: Labels = Field({}, description="node labels of the workers")
+    head: Host = Field(description="address of the head's machine, as the others see it")
+    workers: tuple[Host, ...] = Field(min_length=1, description="addresses of the workers' machines")
+    access: Access
+    venv: Annotated[str, Field(pattern=r"^[~/][A-Za-z0-9/._-]*$")] = Field(
+        "~/luthier-env", description="virtual environment on each machine, made when it is not there"
+    )
+    labels: NodeLabels = Field({}, description="node labels of the workers")
     environment_file: str | None = _ENVIRONMENT_FILE
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.ssh.via == "cloud":
-            raise ValueError("ssh.via: there is no cloud's tunnel to these machines; write `direct` or user@host")
+        if self.access.via == "cloud":
+            raise ValueError("access.via: there is no cloud's tunnel to these machines; write `direct` or user@host")
         if self.head in self.workers or len(set(self.workers)) < len(self.workers):
             raise ValueError("each address stands once: starting a node stops the Ray that runs on its machine")
         return self
@@ -219,7 +243,7 @@ class PodGroup(NodeGroup):
 
     memory_gb: PositiveFloat = Field(description="memory of a pod, in GiB")
     node_selector: Labels = Field({}, description="labels of the Kubernetes nodes that it may run on")
-    tolerations: tuple[Labels, ...] = Field((), description="taints that it accepts, as Kubernetes writes them")
+    tolerations: tuple[dict[str, str], ...] = Field((), description="taints that it accepts, as Kubernetes writes them")
 
     @model_validator(mode="after")
     def _where(self) -> Self:
@@ -246,7 +270,7 @@ class Kubernetes(_InContainers):
     context: str | None = Field(None, description="kubectl's context; not set: the current one")
     operator_namespace: Name = Field("kuberay-system", description="where KubeRay's operator runs")
     head: HeadPod = HeadPod()
-    groups: dict[Name, PodGroup] = Field(min_length=1)
+    groups: dict[GroupName, PodGroup] = Field(min_length=1)
     worker_account: str | None = Field(None, description="service account of the workers: what your jobs may reach")
     secrets: tuple[str, ...] = Field((), description="Kubernetes secrets whose keys become variables of every pod")
     pull_secrets: tuple[str, ...] = Field((), description="Kubernetes secrets for the image's registry")

@@ -26,7 +26,7 @@ def launcher_file(name: str, provider: OnPremises, release: Release) -> Launcher
         "min_workers": len(provider.workers),
         "idle_timeout_minutes": 5.0,  # written like everything else; no worker is above the minimum
         "provider": {"type": "local", "head_ip": provider.head, "worker_ips": list(provider.workers)},
-        "auth": auth(provider.ssh),
+        "auth": auth(provider.access),
         "docker": {},
         "initialization_commands": [],
         "setup_commands": [

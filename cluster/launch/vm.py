@@ -8,7 +8,7 @@ the machines differ from cloud to cloud.
 from typing import Any
 
 from cluster.launch.release import Release
-from cluster.launch.spec import Aws, Azure, Gcp, Labels, MachineGroup, OnPremises, Ssh
+from cluster.launch.spec import Access, Aws, Azure, Gcp, Labels, MachineGroup, OnPremises
 
 Launcher = dict[str, Any]
 """A cluster-launcher file, before it is written as YAML."""
@@ -110,10 +110,10 @@ def worker_type(group: MachineGroup, node_config: dict[str, Any]) -> Launcher:
     return node_type | ({"docker": {"worker_run_options": ["--gpus=all"]}} if group.gpus else {})
 
 
-def auth(ssh: Ssh, tunnel: str | None = None) -> Launcher:
+def auth(access: Access, tunnel: str | None = None) -> Launcher:
     """Ray's `auth` section. `tunnel` is the cloud's own: a command that reaches a machine by its id (%h)."""
-    keys = {"ssh_user": ssh.user, "ssh_private_key": ssh.private_key}
-    match ssh.via:
+    keys = {"ssh_user": access.user, "ssh_private_key": access.private_key}
+    match access.via:
         case "cloud":
             return keys | {"ssh_proxy_command": tunnel, "ssh_proxy_use_node_id": True}
         case "direct":

@@ -61,7 +61,7 @@ provider:
   venv: {venv}
   environment_file: {folder}/store.env
   labels: {{rack: a1}}
-  ssh: {{user: root, private_key: {folder}/key, via: direct}}
+  access: {{user: root, private_key: {folder}/key, via: direct}}
 """
 
 JOB = """\

@@ -162,7 +162,7 @@ def test_rays_autoscaler_starts_what_a_job_accepts(name: str, tmp_path: Path) ->
         manifest = next(each for each in manifests(name) if each["kind"] == "RayCluster")
         config = _derive_autoscaling_config_from_ray_cr(manifest)
     else:
-        config = prepare_config(launcher(name, f"provider.ssh.private_key={key}"))
+        config = prepare_config(launcher(name, f"provider.access.private_key={key}"))
     types = AutoscalingConfig(config, skip_content_hash=True).get_node_type_configs()
     groups = cluster(name).provider.groups  # type: ignore[union-attr]
     for node_type in types.values():

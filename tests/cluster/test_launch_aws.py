@@ -89,7 +89,7 @@ def test_ray_makes_machines_of_our_file_and_nothing_else(account: Account, tmp_p
     overrides = [
         f"provider.subnets=[{account.subnet}]",
         f"provider.security_groups=[{account.group}]",
-        f"provider.ssh.private_key={key}",
+        f"provider.access.private_key={key}",
     ]
     file = yaml.safe_load(make_files(load(AWS, ClusterConfig, overrides), Release.read())[LAUNCHER])
     before = account.holds()

@@ -133,12 +133,12 @@ def test_what_is_missing_is_one_message_before_anything_costs(home: Path) -> Non
         (["up", "nowhere.yaml"], None, "no such file"),
         (["up", str(ROOT / "configs/clusters/cpu.yaml")], None, "provider: missing"),
         (["up", str(ROOT / "configs/clusters/aws.yaml")], None, "provider.image: still the example's"),
-        (["up", str(example(home, "aws", own[0]))], None, "provider.ssh.private_key: no file"),
+        (["up", str(example(home, "aws", own[0]))], None, "provider.access.private_key: no file"),
         (["up", str(example(home, "aws", *own))], no_tools, "ssh is not installed"),
         (["up", str(example(home, "kubernetes", own[0]))], None, "helm install kuberay-operator"),
         (["up", str(example(home, "kubernetes", own[0]))], no_tools, "kubectl is not installed"),
         (["files", str(example(home, "aws")), "--recipe", "r.yaml"], None, "only Kubernetes has a file for it"),
-        (["status", str(example(home, "kubernetes", ("name: kubernetes", f"name: {'k' * 60}")))], None, "at most 47"),
+        (["status", str(example(home, "kubernetes", ("name: kubernetes", f"name: {'k' * 60}")))], None, "at most 40"),
     ]
     for arguments, path, said in cases:
         done = luthier(home, *arguments, path=path)
