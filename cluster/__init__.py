@@ -13,6 +13,7 @@ registry   adapters: publish, resolve, aliases with history, list
 metrics    every metric's name
 logs       what a job prints: progress, plain lines, the last JSON line
 place      WHERE a job runs: what `configs/clusters/NAME.yaml` holds
+launch/    a cluster from its file: AWS, Google Cloud, Azure, SSH, Kubernetes
 session    joining a Ray cluster, always by address, with room for the job
 package    what a submitted job takes along, looked at before Ray zips it
 submit     handing a job to a cluster by its dashboard: checked, sent once, followed

@@ -1,4 +1,4 @@
-"""The `luthier` command, and its group `cluster`: what is in a store, and where aliases point.
+"""The `luthier` command, and its group `cluster`: clusters, what is in a store, and where aliases point.
 
 `luthier GROUP …` runs the `cli` module of the package GROUP, imported only when it is asked for: the ground imports
 nothing that stands on it, and `--help` takes no second. Each group also runs as `python -m GROUP`.
@@ -14,15 +14,17 @@ import typer
 from rich.table import Table
 
 from cluster.errors import LuthierError
+from cluster.launch.cli import app as launch
 from cluster.logs import console, fail
 
 GROUPS = {
     "jobs": "fine-tune: plan, submit, train, look at runs",
     "serving": "serve a base and its adapters over HTTP",
-    "cluster": "what the store holds: adapters, aliases, models, runs",
+    "cluster": "clusters: up, down, status; what the store holds: adapters, aliases, models, runs",
 }
 
-app = typer.Typer(help="What the store holds.", no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(help="Clusters, and what the store holds.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(launch)
 
 StoreUrl = Annotated[str, typer.Option("--store", help="s3://bucket/prefix or file:///folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from cluster.nodes import SPOT_LABEL
+from cluster.launch.spec import MARKET
 
 FIRST_S = 60.0
 LONGEST_S = 900.0
@@ -75,7 +75,7 @@ def limited(config: Mapping[str, Any], closed: Mapping[str, int]) -> dict[str, A
 def spot_groups(config: Mapping[str, Any]) -> list[str]:
     """Names of the groups whose nodes may be taken away."""
     kinds: dict[str, dict[str, Any]] = config["available_node_types"]
-    return [name for name, kind in kinds.items() if kind.get("labels", {}).get(SPOT_LABEL) == "spot"]
+    return [name for name, kind in kinds.items() if kind.get("labels", {}).get(MARKET) == "spot"]
 
 
 def watch(path: Path, gcs: str) -> None:

@@ -29,6 +29,7 @@ import httpx
 
 from cluster import env, processes
 from cluster.errors import LuthierError
+from cluster.launch.spec import MARKET
 from cluster.processes import HOST, free_ports
 
 START_TIMEOUT_S = 120.0
@@ -36,9 +37,6 @@ POLL_S = 0.2
 
 HEAD_GROUP = "ray.head.default"
 """What Ray's autoscaler calls the head; a name that it relies on."""
-
-SPOT_LABEL = "luthier.io/market"
-"""Label of nodes: `spot` or `on-demand`."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ class LocalCluster:
             group.name: {
                 "node_config": {"spot": group.spot},
                 "resources": group.resources,
-                "labels": {SPOT_LABEL: "spot" if group.spot else "on-demand"},
+                "labels": {MARKET: "spot" if group.spot else "on-demand"},
                 "min_workers": 0,
                 "max_workers": group.most,
                 "priority": 1 if group.spot else 0,

@@ -41,14 +41,12 @@ def start_ray(folder: Path, options: Sequence[str], variables: Mapping[str, str]
         )
 
 
-def shape(resources: Mapping[str, float], labels: Mapping[str, str]) -> list[str]:
+def shape(resources: Mapping[str, float]) -> list[str]:
     """Options of `ray start` for what a node offers; `resources` by Ray's names, CPU and GPU among them."""
     others = {name: amount for name, amount in resources.items() if name not in ("CPU", "GPU")}
     options = [f"--num-cpus={resources.get('CPU', 0):g}", f"--num-gpus={resources.get('GPU', 0):g}"]
     if others:
         options.append(f"--resources={json.dumps(others)}")
-    if labels:
-        options.append("--labels=" + ",".join(f"{name}={value}" for name, value in labels.items()))
     return options
 
 

@@ -27,6 +27,7 @@ import httpx
 
 from cluster import env
 from cluster.errors import PlanError
+from cluster.launch.spec import MARKET
 
 _TIMEOUT_S = 10.0
 _AGAIN_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between looks at a cluster that does not answer
@@ -35,7 +36,7 @@ _HEARTBEAT_S = 20.0
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 """Ray's states of a job that is over."""
 
-OFF_SPOT = {"luthier.io/market": "!spot"}
+OFF_SPOT = {MARKET: "!spot"}
 """Where a driver may run: a node that is taken away would take it along."""
 
 

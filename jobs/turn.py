@@ -13,6 +13,7 @@ from typing import Any, Self
 import ray
 
 from cluster import queue, session
+from cluster.launch.spec import OnPremises
 from cluster.logs import say
 from cluster.place import ClusterConfig
 from cluster.queue import Answer, Queue, Ticket
@@ -82,7 +83,12 @@ class Turn:
 
 
 def _nodes(cluster: ClusterConfig) -> Sequence[Mapping[str, float]] | None:
-    return None if cluster.autoscales else session.nodes()
+    if not cluster.autoscales:
+        return session.nodes()
+    if cluster.provider is None or isinstance(cluster.provider, OnPremises):
+        return None
+    groups = cluster.provider.groups.values()
+    return [{"CPU": group.cpus, "GPU": group.gpus} for group in groups for _ in range(group.max)]
 
 
 def ticket(run_id: str, user: str, priority: int, workers: int, cluster: ClusterConfig) -> Ticket:

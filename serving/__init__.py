@@ -22,6 +22,7 @@ answers    what a replica says, in OpenAI's shapes
 gauges     an engine's figures for Prometheus
 scrape     /metrics of the whole cluster
 app        the Serve application made of the above
+service    that application as KubeRay's RayService names it
 deploy     putting it on a Ray cluster, and waiting until it answers
 client     a small client, for `luthier serving chat`
 cli        `luthier serving`

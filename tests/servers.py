@@ -93,7 +93,7 @@ def ministack(services: str = "s3,iam,sts") -> Iterator[S3Server]:
             "SERVICES": services,
             "TMPDIR": folder,
         }
-        with _running([sys.executable, "-m", "ministack"], settings, Path(folder), port):
+        with running([sys.executable, "-m", "ministack"], settings, Path(folder), port):
             # The root key's signature is not checked, so it only makes a user; tests use that user's key.
             iam = _client("iam", port, "test", "test")
             iam.create_user(UserName="luthier")
@@ -120,7 +120,7 @@ def ceph() -> Iterator[S3Server]:
         server = S3Server("127.0.0.1", port, "LUTHIERTESTKEY", "luthier-test-secret")
         script = str(REPOSITORY / "scripts" / "ceph-rgw")
         command = [script, f"{folder}/data", str(port), server.access_key, server.secret_key]
-        with _running(command, {}, Path(folder), port):
+        with running(command, {}, Path(folder), port):
             _make_bucket(server)
             yield server
 
@@ -143,7 +143,7 @@ def free_ports(count: int) -> int:
 
 
 @contextmanager
-def _running(command: list[str], settings: dict[str, str], folder: Path, port: int) -> Iterator[None]:
+def running(command: list[str], settings: dict[str, str], folder: Path, port: int) -> Iterator[None]:
     """`command` in a process group of its own, from its first answer over HTTP until the block ends."""
     log = folder / "server.log"
     with log.open("wb") as output:

@@ -9,8 +9,8 @@ CONFIG = {
     "max_workers": 8,
     "available_node_types": {
         "head": {"max_workers": 0},
-        "spot": {"max_workers": 4, "labels": {"luthier.io/market": "spot"}},
-        "on-demand": {"max_workers": 4, "labels": {"luthier.io/market": "on-demand"}},
+        "spot": {"max_workers": 4, "labels": {"ray.io/market-type": "spot"}},
+        "on-demand": {"max_workers": 4, "labels": {"ray.io/market-type": "on-demand"}},
     },
 }
 

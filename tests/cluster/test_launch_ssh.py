@@ -1,0 +1,61 @@
+"""`luthier cluster up` on two machines with real sshd, `ray up` and Ray's autoscaler, from a laptop beside them.
+
+The machines are namespaces (lab.py): own addresses, processes, homes. It takes about a minute and 2 GB.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.lab import HEAD, WORKER
+
+ROOT = Path(__file__).parents[2]
+MISSING = [tool for tool in ("ip", "rsync", "ssh", "ssh-keygen", "unshare", "/usr/sbin/sshd") if not shutil.which(tool)]
+ISOLATE = ["unshare", "--net", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root"),
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {' '.join(MISSING)}"),
+]
+
+
+def test_a_cluster_over_ssh_comes_up_closed_works_and_goes(tmp_path: Path) -> None:
+    command = [
+        *ISOLATE,
+        "bash",
+        "-c",
+        '"$@"; exit $?',
+        "bash",
+        sys.executable,
+        "-m",
+        "tests.cluster.lab",
+        str(tmp_path),
+    ]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, timeout=500)
+    seen = json.loads(done.stdout.splitlines()[-1])
+    said = json.dumps(seen, indent=1) + done.stderr
+    assert seen["up"][0] == 0, said
+    assert seen["failed"] == [], said
+    assert seen["modes"] == ["0o600"] * 4, "token and environment, on both machines"
+    assert seen["tokens_differ"] is False
+    assert seen["token_in_processes"] is False
+    assert 8265 not in seen["open_to_the_laptop"], "the dashboard is behind the tunnel"
+    code, output = seen["job"]
+    assert code == 0, said
+    result = json.loads(re.search(r"RESULT (\{.*\})", output)[1])  # type: ignore[index]
+    assert (result["driver"], result["task"]) == (WORKER, WORKER), f"{HEAD} is the head, which runs no work"
+    assert re.fullmatch(r"canary-[0-9a-f]{8}", result["canary"]), "the environment's file reached the worker"
+    code, output = seen["refused"]
+    assert code != 0
+    assert "401" in output or "uthenticat" in output, said
+    assert seen["status"][0] == 0, said
+    assert seen["down"][0] == 0, said
+    assert seen["monitor.err"] == "", said
