@@ -63,7 +63,8 @@ def shape_of(model: ModelConfig) -> Shape | None:
 
 def make_plan(recipe: Recipe, shape: Shape) -> Plan:
     """Choose the ZeRO stage and count. Raises PlanError when it cannot fit at any allowed stage."""
-    stages = [0, 1, 2, 3] if recipe.train.zero == "auto" else [recipe.train.zero]
+    highest = 2 if _is_dora(recipe) else 3
+    stages = list(range(1 + highest)) if recipe.train.zero == "auto" else [recipe.train.zero]
     if recipe.train.fewest == 1 and recipe.train.zero == "auto":
         stages = [0]
     plans = [_plan_at(recipe, shape, stage) for stage in stages]
@@ -106,25 +107,31 @@ def _plan_at(recipe: Recipe, shape: Shape, stage: int) -> Plan:
 
 
 def trained_parameters(recipe: Recipe, shape: Shape) -> int:
-    """Parameters that get gradients: all, or rank·(in + out) for each adapted linear layer."""
+    """Parameters that get gradients: all, or rank·(in + out) for each adapted linear layer, and out with DoRA."""
     method = recipe.method
     if not isinstance(method, LoraConfig):
         return shape.parameters
     hidden, inner = shape.hidden_size, shape.intermediate_size
     query, key_value = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     sides = {
-        "q_proj": hidden + query,
-        "k_proj": hidden + key_value,
-        "v_proj": hidden + key_value,
-        "o_proj": query + hidden,
-        "gate_proj": hidden + inner,
-        "up_proj": hidden + inner,
-        "down_proj": inner + hidden,
+        "q_proj": (hidden, query),
+        "k_proj": (hidden, key_value),
+        "v_proj": (hidden, key_value),
+        "o_proj": (query, hidden),
+        "gate_proj": (hidden, inner),
+        "up_proj": (hidden, inner),
+        "down_proj": (inner, hidden),
     }
-    chosen = (
-        sides if method.targets == "all-linear" else {name: sides.get(name, hidden + hidden) for name in method.targets}
-    )
-    return shape.num_hidden_layers * method.rank * sum(chosen.values())
+    chosen = list(sides.values())
+    if method.targets != "all-linear":
+        chosen = [sides.get(name, (hidden, hidden)) for name in method.targets]
+    each_layer = sum(method.rank * (inputs + outputs) + outputs * method.dora for inputs, outputs in chosen)
+    return shape.num_hidden_layers * each_layer
+
+
+def _is_dora(recipe: Recipe) -> bool:
+    """Then ZeRO-3 is out: it has a layer's weights together only while that layer runs."""
+    return isinstance(recipe.method, LoraConfig) and recipe.method.dora
 
 
 def _reason(recipe: Recipe, stage: int) -> str:
@@ -142,7 +149,10 @@ def _advice(recipe: Recipe, plan: Plan) -> str:
     if plan.zero < 3 and plan.workers > 1:
         advice.append("set train.zero: auto")
     if plan.weights_bytes + plan.optimizer_bytes + plan.gradient_bytes > plan.memory_bytes:
-        advice.append("use more train.workers" if plan.zero == 3 else "use more train.workers with train.zero: 3")
+        if _is_dora(recipe):
+            advice.append("set method.dora: false, which ZeRO-3 needs")
+        else:
+            advice.append("use more train.workers" if plan.zero == 3 else "use more train.workers with train.zero: 3")
         if recipe.method.kind == "full":
             advice.append("train a lora instead")
     if not recipe.train.activation_checkpointing:
