@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -101,11 +101,18 @@ class Adapter:
         return any(pair.rescale is not None for pair in self.pairs.values())
 
 
+class LinearLayer(Protocol):
+    """A linear layer of the base, however it keeps its weights."""
+
+    in_features: int
+    out_features: int
+
+
 @dataclass(frozen=True)
 class Target:
     """What the base offers: the linear layers that may be adapted, by path, and where and how to compute."""
 
-    linears: Mapping[str, nn.Linear]
+    linears: Mapping[str, LinearLayer]
     max_rank: int
     dtype: torch.dtype
     device: torch.device
@@ -196,7 +203,6 @@ def _pair(
     shapes: dict[str, tuple[int, ...]] = {"A.weight": (rank, base.in_features), "B.weight": (base.out_features, rank)}
     if config.get("use_dora"):
         shapes[_MAGNITUDE] = (base.out_features,)
-        _check_is_whole(folder, module, base)
     elif _MAGNITUDE in parts:
         raise AdapterRefused(f"{folder}: tensor {name}{_MAGNITUDE} is of DoRA, and the adapter's use_dora is not set")
     for part, expected in shapes.items():
@@ -210,9 +216,10 @@ def _pair(
     a = parts["A.weight"].to(target.device).float()
     b = parts["B.weight"].to(target.device).float() * scaling
     rescale = None
-    if _MAGNITUDE in shapes:
-        scale = dora.scale_of(base, (a, b), parts[_MAGNITUDE])
-        rescale = dora.rescale_of(base, scale)
+    if config.get("use_dora"):
+        whole = _whole(folder, module, base)
+        scale = dora.scale_of(whole, a, b, parts[_MAGNITUDE])
+        rescale = dora.rescale_of(whole, scale)
         b = b * scale[:, None]
     pair = LoraPair(a.to(target.dtype).contiguous(), b.t().to(target.dtype).contiguous(), rescale)
     for part, tensor in (("A.weight", pair.a), (_MAGNITUDE, pair.rescale), ("B.weight", pair.b)):
@@ -221,12 +228,14 @@ def _pair(
     return pair
 
 
-def _check_is_whole(folder: Path, module: str, base: nn.Linear) -> None:
-    if type(base) is not nn.Linear:
-        raise AdapterRefused(
-            f"{folder}: use_dora needs the norms of the base's weights as they were in training, and {module} of this "
-            f"base is a {type(base).__name__}; serve it on the base in fp32 or bf16, or train without use_dora"
-        )
+def _whole(folder: Path, module: str, base: LinearLayer) -> nn.Linear:
+    """The layer, if its weights are those of the model's files."""
+    if type(base) is nn.Linear:
+        return base
+    raise AdapterRefused(
+        f"{folder}: use_dora needs the norms of the base's own weights, and {module} of this base is a "
+        f"{type(base).__name__}; serve it on the base without quantisation, or train without use_dora"
+    )
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:

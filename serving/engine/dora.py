@@ -17,17 +17,16 @@ NO_RESCALE = torch.tensor([[1.0], [0.0]])
 """Where an adapter leaves a layer alone; [2, 1], for any number of outputs."""
 
 
-def scale_of(base: nn.Linear, update: tuple[torch.Tensor, torch.Tensor], magnitude: torch.Tensor) -> torch.Tensor:
+def scale_of(base: nn.Linear, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     """g, float32 [out], on the base's device. Not finite where a norm is 0 or not finite itself.
 
     Args:
-        update: A [r, in] and s · B [out, r], float32, on the base's device.
+        a, b: A [r, in] and s · B [out, r], float32, on the base's device.
         magnitude: m [out].
     """
-    a, b = update
     rows = max(1, _VALUES_AT_ONCE // base.in_features)
     parts = zip(torch.split(base.weight, rows), torch.split(b, rows), strict=True)
-    norms = torch.cat([torch.linalg.vector_norm(torch.addmm(weight.float(), b, a), dim=1) for weight, b in parts])
+    norms = torch.cat([torch.linalg.vector_norm(torch.addmm(weight.float(), up, a), dim=1) for weight, up in parts])
     return magnitude.to(norms.device, torch.float32) / norms.where(norms.isfinite(), torch.nan)
 
 

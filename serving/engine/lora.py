@@ -288,7 +288,7 @@ class MixedLoraLinear(nn.Module):
             b = weight.new_zeros(capacity, shelf.rank, self.base.out_features)
             rescale = None
             if shelf.is_dora:
-                rescale = weight.new_empty(capacity, 2, self.base.out_features, dtype=torch.float32)
+                rescale = a.new_empty(capacity, 2, self.base.out_features, dtype=torch.float32)
                 rescale[:] = dora.NO_RESCALE
             if stack is not None:
                 a[: len(stack.a)], b[: len(stack.b)] = stack.a, stack.b
