@@ -106,20 +106,14 @@ class Shelf:
         gather: list[int] = []
         source: list[int] = []
         rows: list[int] = []
-        places: list[int] = []
         for place, digest in enumerate(self.places):
             mine = rows_of.get(digest, []) if digest is not None else []
             gather += mine + [0] * (width - len(mine))
             source += range(place * width, place * width + len(mine))
             rows += mine
-            places += [place] * len(mine)
         tensors = [torch.tensor(each, device=device) for each in (gather, source, rows)]
-        return _Layout(
-            tensors[0],
-            None if len(rows) == len(gather) else tensors[1],
-            tensors[2],
-            torch.tensor(places, device=device) if self.is_dora else None,
-        )
+        places = tensors[1] // width if self.is_dora else None
+        return _Layout(tensors[0], None if len(rows) == len(gather) else tensors[1], tensors[2], places)
 
 
 class LoraTable:
