@@ -56,8 +56,9 @@ def test_auto_takes_the_least_sharding_that_fits() -> None:
 
 def test_dora_is_never_planned_under_zero_3() -> None:
     big = ("model=qwen3-8b", "train.workers=8", "method.dora=true")
-    fits = recipe(*big, "cluster.memory_gb_per_worker=80")
+    fits, plain = (recipe(*big[:2], "cluster.memory_gb_per_worker=80", f"method.dora={it}") for it in ("true", "false"))
     assert make_plan(fits, shape(fits)).zero == 0
+    assert make_plan(fits, shape(fits)).total_bytes > make_plan(plain, shape(plain)).total_bytes
     too_big = recipe(*big, "cluster.memory_gb_per_worker=14")
     with pytest.raises(PlanError, match=r"set method\.dora: false, which ZeRO-3 needs"):
         make_plan(too_big, shape(too_big))
