@@ -48,13 +48,17 @@ class DataConfig(Config):
 
 
 class LoraConfig(Config):
-    """Low-rank adapters (Hu et al. 2021); rslora scales by alpha / sqrt(rank) (Kalajdzievski 2023)."""
+    """Low-rank adapters (Hu et al. 2021); rslora scales by alpha / sqrt(rank) (Kalajdzievski 2023).
+
+    dora trains a length for each output feature too (Liu et al. 2024); slower, and not under ZeRO-3.
+    """
 
     kind: Literal["lora"]
     rank: PositiveInt = 16
     alpha: PositiveFloat = 32.0
     dropout: Share = 0.0
     rslora: bool = False
+    dora: bool = False
     targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "all-linear", description="names of linear layers"
     )
@@ -189,6 +193,11 @@ class Recipe(Config):
             raise ValueError(
                 f"publish.name {self.publish.name} is the base model's own name, and that answers for itself; "
                 "choose another"
+            )
+        if self.method.kind == "lora" and self.method.dora and self.train.zero == 3:
+            raise ValueError(
+                "method.dora needs whole base weights for their norms, and train.zero 3 shards them; "
+                "set train.zero: auto, or method.dora: false"
             )
         if self.method.kind == "full" and self.publish and self.publish.alias not in (None, "stable"):
             raise ValueError("publish.alias has no effect on a full fine-tune, which becomes a model revision")

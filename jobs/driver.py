@@ -18,6 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from cluster import __version__, keys, models, records, registry, secret
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, InputError, LuthierError, RunFailed
@@ -29,7 +31,7 @@ from cluster.session import joined
 from cluster.store import Store, open_store
 from jobs import dataset, runs
 from jobs.attempts import Attempts
-from jobs.config import LoraConfig, Recipe
+from jobs.config import FullConfig, LoraConfig, Method, Recipe
 from jobs.plan import Plan, make_plan, shape_of
 
 VERSIONS = ("ray", "torch", "deepspeed", "transformers", "peft")
@@ -173,8 +175,10 @@ def summary(recipe: Recipe, plan: Plan) -> str:
 
 def _check_parent(recipe: Recipe, base: BaseModelRef, parent: RunRecord) -> None:
     """Raise ConfigError unless the parent's weights fit: the same base, and the same parameters trained."""
-    ours, theirs = recipe.model_dump(mode="json")["method"], parent.recipe["method"]
-    shaping = ("kind", "rank", "targets", "alpha", "rslora")
+    # Through the schema, because a record may be older than a setting.
+    begun = TypeAdapter[LoraConfig | FullConfig](Method).validate_json(json.dumps(parent.recipe["method"]))
+    ours, theirs = recipe.method.model_dump(mode="json"), begun.model_dump(mode="json")
+    shaping = ("kind", "rank", "targets", "alpha", "rslora", "dora")
     faults = [
         Fault("from", f"method.{key}", f"{parent.run_id} has {theirs.get(key)!r}, and this run {ours.get(key)!r}")
         for key in shaping

@@ -26,6 +26,7 @@ def prepare(
         lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         use_rslora=method.rslora,
+        use_dora=method.dora,
         target_modules=method.targets if method.targets == "all-linear" else list(method.targets),
         exclude_modules=_outside_decoder(model),
     )

@@ -102,14 +102,16 @@ def check_weights(model: nn.Module, weights: dict[str, Tensor], name: str) -> No
         raise AdapterRefused(f"adapter {name}: tensor {unknown[0]} belongs to no adapted layer")
 
 
-def adapter_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name to shape of every low-rank factor that the base model's layers call for."""
-    shapes = {}
+def adapter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name to shape of every low-rank factor, and of DoRA's lengths, that the base model's layers call for."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for path, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             rank = layer.r["default"]
             shapes[f"{path}.lora_A.default.weight"] = (rank, layer.in_features)
             shapes[f"{path}.lora_B.default.weight"] = (layer.out_features, rank)
+            if layer.use_dora["default"]:
+                shapes[f"{path}.lora_magnitude_vector.default.weight"] = (layer.out_features,)
     return shapes
 
 

@@ -1,6 +1,6 @@
 """Serving: mixed adapters beside the base alone, beside vLLM, and beside peft.
 
-    scripts/bench serve [--json] [--rounds 3] [--quick] [--only engine|live]
+    scripts/bench serve [--json] [--rounds 3] [--quick] [--only engine|live|cold]
 
 One random 19-million-parameter Qwen3 shape (workload.py), fp32, one process with one thread, greedy. Adapters adapt all
 linear layers, at ranks of 4, 8 and 16 in turn. A request has 64 tokens of prompt and gets 64; 32 requests are sent at
@@ -24,6 +24,16 @@ And with Ray Serve around the engine (serve_live.py), a tiny model, in milliseco
     zipf_…               four replicas of 16 places, 64 requests at once of 64 + 128 tokens, one adapter with half of
                          them and 99 by Zipf's law: tokens of the busiest replica over the mean, and adapters loaded,
                          against Serve's own router
+
+And of the first model, the cold start of an adapter by part (serve_cold.py), in milliseconds, medians of 12 adapters:
+
+    cold_start_resolve_ms      its alias and record are read in the store; peer: one small read
+    cold_start_fetch_ms        it comes to the node's disk; peer: one read of its weights into memory
+    cold_start_verify_ms       SHA-256 of its files, which the download above includes and this line leaves out of it;
+                               peer: that of the weights in memory
+    cold_start_place_ms        it is parsed, checked and taken into use; peer: parsed alone
+    cold_start_first_token_ms  a prompt of 64 tokens; peer: the same when the adapter has answered before
+    cold_start_whole_ms        all of these; peer: the same when the adapter is there
 
 vLLM runs in .venv-vllm, which scripts/setup-vllm makes; without that, and with --quick, whose heads are too narrow for
 it, it is left out. It is compiled and warmed up. Prefix caches are off, since rounds repeat their prompts.
@@ -49,7 +59,7 @@ from safetensors.torch import save_file
 
 from cluster import env, logs
 from cluster.errors import LuthierError, RunFailed
-from scripts.benchmarks import serve_live, workload
+from scripts.benchmarks import serve_cold, serve_live, workload
 from scripts.benchmarks.report import REPOSITORY, Measure, show
 from serving.engine.adapter import read_adapter
 from serving.engine.core import EngineCore
@@ -62,6 +72,7 @@ PEER = REPOSITORY / "scripts" / "benchmarks" / "peers" / "vllm_serve.py"
 RANKS = (4, 8, 16)
 PROMPT, NEW = 64, 64
 FEW, MANY = 32, 128
+COLD = 12
 
 Part = Literal["whole", "prefill", "decode"]
 LENGTHS: dict[Part, tuple[int, int]] = {"whole": (PROMPT, NEW), "prefill": (512, 1), "decode": (8, NEW)}
@@ -273,6 +284,17 @@ def measure_live(folder: Path, rounds: int, quick: bool) -> list[Measure]:
     return serve_live.measure(serve_live.Live(model, folders, folder), rounds, quick)
 
 
+def measure_cold(folder: Path, rounds: int, quick: bool) -> tuple[list[Measure], str]:
+    """Cold starts, and the store that they are of."""
+    model = folder / "cold-model"
+    workload.write_model(model, workload.QUICK if quick else workload.FULL)
+    shapes = load_core(model, NativeOptions()).target.shapes
+    folders = [folder / f"cold-adapter-{index}" for index in range(3 if quick else 1 + COLD)]
+    for index, each in enumerate(folders):
+        write_adapter(each, index, shapes)
+    return serve_cold.measure(model, folders, folder, rounds)
+
+
 def _measure(ours: Ours, peft: Peft, vllm: Vllm | None, rounds: int) -> list[Measure]:
     pairs: dict[str, tuple[Callable[[], float], Callable[[], float]]] = {}
 
@@ -311,7 +333,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each contestant (default: 3)")
     parser.add_argument("--quick", action="store_true", help="one round of a tiny model: does it work at all?")
     parser.add_argument(
-        "--only", nargs="+", choices=("engine", "live"), default=("engine", "live"), help="a part alone"
+        "--only", nargs="+", choices=("engine", "live", "cold"), default=("engine", "live", "cold"), help="a part alone"
     )
     given = parser.parse_args()
     if given.rounds < 1:
@@ -322,9 +344,14 @@ def main() -> int:
             rounds = 1 if given.quick else given.rounds
             measures = measure(Path(name), rounds, given.quick) if "engine" in given.only else []
             measures += measure_live(Path(name), rounds, given.quick) if "live" in given.only else []
+            more = {}
+            if "cold" in given.only:
+                cold, store = measure_cold(Path(name), rounds, given.quick)
+                measures += cold
+                more["store"] = store
     except LuthierError as error:
         return logs.fail(error)
-    show("Mixed adapters, one thread, fp32", measures, given.json)
+    show("Mixed adapters, one thread, fp32", measures, given.json, **more)
     return 0
 
 

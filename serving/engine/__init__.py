@@ -9,7 +9,7 @@
     model       the base model and its one packed forward pass
     attention   attention over a packed row, from the paged pool
     kv          the pool: blocks, who shares them, and the tensors behind them
-    adapter     reads and checks a peft LoRA folder
+    adapter     reads and checks a peft LoRA folder     dora   how DoRA's trained lengths become a scale
     lora        linear layers that mix adapters row by row
     kernels     the two products of decode that torch has no fast way for on a CPU (kernels.c)
     sampling    logits → token        text    tokens → text that may be shown

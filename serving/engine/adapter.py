@@ -1,11 +1,13 @@
 """Reads a peft LoRA adapter folder, and refuses by name whatever the engine would have to ignore or get wrong.
 
     folder/adapter_config.json         what peft's LoraConfig says
-    folder/adapter_model.safetensors   base_model.model.<module path>.lora_A.weight [r, in] and .lora_B.weight [out, r]
+    folder/adapter_model.safetensors   base_model.model.<module path>.lora_A.weight [r, in] and .lora_B.weight [out, r],
+                                       and for DoRA .lora_magnitude_vector [out]
 
 The update of a module is  y += scaling · B A x,  with scaling = alpha / r, or alpha / √r for rank-stabilised LoRA
-(Kalajdzievski 2023, arXiv:2312.03732); it is folded into B here, in float32. Which modules are adapted is read off the
-tensors that are there, so every way of naming targets (list, pattern, "all-linear") comes to the same.
+(Kalajdzievski 2023, arXiv:2312.03732); it is folded into B here, in float32, and so is DoRA's scale (dora.py). Which
+modules are adapted is read off the tensors that are there, so every way of naming targets (list, pattern, "all-linear")
+comes to the same.
 """
 
 import json
@@ -14,21 +16,34 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from cluster.errors import AdapterRefused
+from serving.engine import dora
 
 _PREFIX = "base_model.model."
-_TENSOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+_TENSOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|magnitude_vector)$")
+_MAGNITUDE = "magnitude_vector"
 
 # Settings that the arithmetic above uses, and those that only matter to training or book-keeping. Any other setting
-# changes what the adapter computes (use_dora, lora_bias, layer_replication, whatever peft adds next), so it must be
+# changes what the adapter computes (lora_bias, layer_replication, whatever peft adds next), so it must be
 # off: empty, false or absent.
-_USED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "peft_type", "init_lora_weights", "bias"}
+_USED = {
+    "alpha_pattern",
+    "bias",
+    "init_lora_weights",
+    "lora_alpha",
+    "peft_type",
+    "r",
+    "rank_pattern",
+    "use_dora",
+    "use_rslora",
+}
 _WITHOUT_EFFECT = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -58,10 +73,14 @@ _INIT_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One module's update: `a` [r, in] and `b` [r, out] (the transpose of peft's), the scaling folded into `b`."""
+    """One module's update: `a` [r, in] and `b` [r, out] (the transpose of peft's), the scaling folded into `b`.
+
+    `rescale` float32 [2, out] is what DoRA does to the base's own output (dora.rescaled); None with plain LoRA.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
+    rescale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -76,33 +95,50 @@ class Adapter:
         """The highest of its modules."""
         return max(len(pair.a) for pair in self.pairs.values())
 
+    @property
+    def is_dora(self) -> bool:
+        """Whether its modules rescale the base's output: all of them do, or none."""
+        return any(pair.rescale is not None for pair in self.pairs.values())
+
+
+class LinearLayer(Protocol):
+    """A linear layer of the base, however it keeps its weights."""
+
+    in_features: int
+    out_features: int
+
 
 @dataclass(frozen=True)
 class Target:
-    """What the base offers: the (out, in) shapes of the modules that may be adapted, and where and how to compute."""
+    """What the base offers: the linear layers that may be adapted, by path, and where and how to compute."""
 
-    shapes: Mapping[str, tuple[int, int]]
+    linears: Mapping[str, LinearLayer]
     max_rank: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) by path."""
+        return {path: (linear.out_features, linear.in_features) for path, linear in self.linears.items()}
 
 
 def read_adapter(digest: str, folder: Path, target: Target) -> Adapter:
     """Read, check and place an adapter. Raises AdapterRefused, naming the setting or tensor and the reason."""
     config = _read_config(folder)
     tensors = _read_tensors(folder)
-    sides: dict[str, dict[str, torch.Tensor]] = {}
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         match = _TENSOR.match(name)
         if match is None:
             raise AdapterRefused(
-                f"{folder}: tensor {name} is not a LoRA matrix of a linear layer; the engine serves plain LoRA only "
-                "(no embeddings, magnitudes, biases or saved modules)"
+                f"{folder}: tensor {name} is not a LoRA matrix of a linear layer; the engine serves LoRA and DoRA of "
+                "linear layers only (no embeddings, biases or saved modules)"
             )
-        sides.setdefault(match["module"], {})[match["side"]] = tensor
-    if not sides:
+        parts.setdefault(match["module"], {})[match["part"]] = tensor
+    if not parts:
         raise AdapterRefused(f"{folder}: the adapter holds no tensors")
-    pairs = {module: _pair(folder, module, pair, config, target) for module, pair in sides.items()}
+    pairs = {module: _pair(folder, module, mine, config, target) for module, mine in parts.items()}
     return Adapter(digest, pairs)
 
 
@@ -149,38 +185,57 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _pair(
-    folder: Path, module: str, sides: Mapping[str, torch.Tensor], config: Mapping[str, Any], target: Target
+    folder: Path, module: str, parts: Mapping[str, torch.Tensor], config: Mapping[str, Any], target: Target
 ) -> LoraPair:
     name = f"{_PREFIX}{module}.lora_"
-    if module not in target.shapes:
+    if module not in target.linears:
         raise AdapterRefused(
-            f"{folder}: tensor {name}{min(sides)}.weight adapts {module}, which is not a linear layer of this base's "
+            f"{folder}: tensor {name}{min(parts)} adapts {module}, which is not a linear layer of this base's "
             "decoder; is it an adapter of another base?"
         )
-    if set(sides) != {"A", "B"}:
-        missing = ({"A", "B"} - set(sides)).pop()
-        raise AdapterRefused(f"{folder}: tensor {name}{missing}.weight is missing beside its other half")
+    base = target.linears[module]
     rank = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
     alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
     if rank > target.max_rank:
         raise AdapterRefused(
             f"{folder}: {module} has rank {rank}, above this engine's max_rank of {target.max_rank}; raise max_rank"
         )
-    out_features, in_features = target.shapes[module]
-    for side, expected in (("A", (rank, in_features)), ("B", (out_features, rank))):
-        if tuple(sides[side].shape) != expected:
+    shapes: dict[str, tuple[int, ...]] = {"A.weight": (rank, base.in_features), "B.weight": (base.out_features, rank)}
+    if config.get("use_dora"):
+        shapes[_MAGNITUDE] = (base.out_features,)
+    elif _MAGNITUDE in parts:
+        raise AdapterRefused(f"{folder}: tensor {name}{_MAGNITUDE} is of DoRA, and the adapter's use_dora is not set")
+    for part, expected in shapes.items():
+        if part not in parts:
+            raise AdapterRefused(f"{folder}: tensor {name}{part} is missing beside the others of its module")
+        if tuple(parts[part].shape) != expected:
             raise AdapterRefused(
-                f"{folder}: tensor {name}{side}.weight has shape {tuple(sides[side].shape)}, expected {expected}"
+                f"{folder}: tensor {name}{part} has shape {tuple(parts[part].shape)}, expected {expected}"
             )
     scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    a = sides["A"].to(target.device, target.dtype).contiguous()
-    b = (sides["B"].float() * scaling).t().to(target.device, target.dtype).contiguous()
-    for side, tensor in (("A", a), ("B", b)):
-        if not bool(torch.isfinite(tensor).all()):
-            raise AdapterRefused(
-                f"{folder}: tensor {name}{side}.weight has values that are not finite in {target.dtype}"
-            )
-    return LoraPair(a, b)
+    a = parts["A.weight"].to(target.device).float()
+    b = parts["B.weight"].to(target.device).float() * scaling
+    rescale = None
+    if config.get("use_dora"):
+        whole = _whole(folder, module, base)
+        scale = dora.scale_of(whole, a, b, parts[_MAGNITUDE])
+        rescale = dora.rescale_of(whole, scale)
+        b = b * scale[:, None]
+    pair = LoraPair(a.to(target.dtype).contiguous(), b.t().to(target.dtype).contiguous(), rescale)
+    for part, tensor in (("A.weight", pair.a), (_MAGNITUDE, pair.rescale), ("B.weight", pair.b)):
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise AdapterRefused(f"{folder}: tensor {name}{part} gives values that are not finite in {tensor.dtype}")
+    return pair
+
+
+def _whole(folder: Path, module: str, base: LinearLayer) -> nn.Linear:
+    """The layer, if its weights are those of the model's files."""
+    if type(base) is nn.Linear:
+        return base
+    raise AdapterRefused(
+        f"{folder}: use_dora needs the norms of the base's own weights, and {module} of this base is a "
+        f"{type(base).__name__}; serve it on the base without quantisation, or train without use_dora"
+    )
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:

@@ -67,9 +67,11 @@ void attend(float *out, const float *query, int64_t row_stride, int64_t head_str
 typedef struct {
   const float *a, *b; /* [rank, in] and [rank, out] */
   int64_t rank;       /* 0: this layer is left alone */
+  const float *rescale; /* [2, out], or none */
 } Adapter;
 
-/* out[row] += (x[row] aT) b for the rows of each group, whose adapter is adapters[slots[g]].
+/* out[row] += (x[row] aT) b for the rows of each group, whose adapter is adapters[slots[g]]; before that, where there is
+   a rescale, out[row] = out[row] rescale[0] + rescale[1].
 
    x, out   rows of in_features and out_features floats, one behind the other
    rows     group g has those from starts[g] to starts[g + 1]
@@ -79,6 +81,13 @@ void update(float *out, const float *x, int64_t in_features, int64_t out_feature
   for (int64_t g = 0; g < groups; g++) {
     const Adapter *adapter = adapters + slots[g];
     const int64_t *mine = rows + starts[g], count = starts[g + 1] - starts[g], rank = adapter->rank;
+    if (adapter->rescale) {
+      const float *scale = adapter->rescale, *shift = scale + out_features;
+      for (int64_t m = 0; m < count; m++) {
+        float *y = out + mine[m] * out_features;
+        for (int64_t i = 0; i < out_features; i++) y[i] = y[i] * scale[i] + shift[i];
+      }
+    }
     for (int64_t j = 0; j < rank; j += 4) {
       const float *a = adapter->a + j * in_features;
       for (int64_t m = 0; m < count; m++) {

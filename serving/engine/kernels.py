@@ -29,8 +29,8 @@ _TIMEOUT_S = 120
 _log = logging.getLogger(__name__)
 
 
-# As `Adapter` in kernels.c: the addresses of its matrices in one layer, and its rank there.
-ADAPTER = np.dtype([("a", np.uint64), ("b", np.uint64), ("rank", np.int64)])
+# As `Adapter` in kernels.c: the addresses of its matrices in one layer, its rank there, and of its rescale or 0.
+ADAPTER = np.dtype([("a", np.uint64), ("b", np.uint64), ("rank", np.int64), ("rescale", np.uint64)])
 
 
 @dataclass
@@ -97,7 +97,7 @@ def attend(
 
 
 def update(out: torch.Tensor, x: torch.Tensor, adapters: int, groups: Groups) -> None:
-    """Add the low-rank updates of many adapters to their rows, in place.
+    """Rescale the rows of adapters that do, and add the low-rank updates of all to theirs, in place.
 
     Args:
         out, x: [1, rows, out_features] and [1, rows, in_features], float32; out is contiguous.

@@ -12,6 +12,9 @@ adapters and, for the step that runs, which rows belong to whom. Two ways to com
   [S, M, in] × [S, in, r] × [S, r, out]. An adapter is copied to its shelf when it first has such rows, and stays there
   as long as others do not need its place, so that decoding rebuilds nothing. A shelf is at most half empty.
 
+An adapter of DoRA also rescales the base's output in its own rows (dora.py); such adapters have shelves of their own,
+so that the rows of all others are left as they are and pay nothing.
+
 Either reads every matrix once, at the speed of the memory: 128 adapters cost what reading them costs. No row ever meets
 another adapter's weights, so one that overflows stays alone with it.
 """
@@ -26,7 +29,7 @@ from torch import nn
 from torch.nn.functional import linear
 
 from cluster.errors import Overloaded
-from serving.engine import kernels
+from serving.engine import dora, kernels
 from serving.engine.adapter import Adapter, LoraPair
 
 SEGMENT_ROWS = 16
@@ -45,19 +48,24 @@ class _Layout:
     """Where the rows of a step stand on a shelf of S places with M rows each, some of them filled up.
 
     `gather` int64 [S × M] says which row of the batch stands where. The update at `source` int64 [n] (None: at all)
-    goes to the rows `rows` int64 [n].
+    goes to the rows `rows` int64 [n], which stand at `places` int64 [n] (None: the shelf does not ask).
     """
 
     gather: torch.Tensor
     source: torch.Tensor | None
     rows: torch.Tensor
+    places: torch.Tensor | None
 
 
 class Shelf:
-    """The places of adapters whose ranks are filled up to `rank`, and the layout of the current step's rows."""
+    """The places of adapters whose ranks are filled up to `rank`, and the layout of the current step's rows.
 
-    def __init__(self, rank: int) -> None:
+    Its adapters are all of DoRA, or none is.
+    """
+
+    def __init__(self, rank: int, is_dora: bool) -> None:
         self.rank = rank
+        self.is_dora = is_dora
         self.places: list[str | None] = []  # the adapter at each
         self.layout: _Layout | None = None
         self._last_used: dict[str, int] = {}
@@ -104,7 +112,8 @@ class Shelf:
             source += range(place * width, place * width + len(mine))
             rows += mine
         tensors = [torch.tensor(each, device=device) for each in (gather, source, rows)]
-        return _Layout(tensors[0], None if len(rows) == len(gather) else tensors[1], tensors[2])
+        places = tensors[1] // width if self.is_dora else None
+        return _Layout(tensors[0], None if len(rows) == len(gather) else tensors[1], tensors[2], places)
 
 
 class LoraTable:
@@ -120,7 +129,7 @@ class LoraTable:
         self.groups: kernels.Groups | None = None
         self.shelves: list[Shelf] = []  # those with rows in this step
         self._slots: dict[str, int] = {}  # where each layer's table has an adapter
-        self._by_rank: dict[int, Shelf] = {}
+        self._by_kind: dict[tuple[int, bool], Shelf] = {}
         self._modules: list[MixedLoraLinear] = []
 
     def register(self, module: "MixedLoraLinear") -> None:
@@ -187,8 +196,8 @@ class LoraTable:
                 module.place(shelf, {place: self.adapters[digest] for place, digest in copied.items()})
 
     def _shelf(self, adapter: Adapter) -> Shelf:
-        rank = 1 << (adapter.rank - 1).bit_length()
-        return self._by_rank.setdefault(rank, Shelf(rank))
+        kind = 1 << (adapter.rank - 1).bit_length(), adapter.is_dora
+        return self._by_kind.setdefault(kind, Shelf(*kind))
 
 
 class MixedLoraLinear(nn.Module):
@@ -201,8 +210,8 @@ class MixedLoraLinear(nn.Module):
         self._table = table
         self._slots = np.zeros(table.max_adapters, kernels.ADAPTER)
         self._address: int = self._slots.ctypes.data
-        # This layer's part of each shelf: a [S, r, in] and b [S, r, out], S the places there is room for. None: nothing
-        # on the shelf adapts this layer.
+        # This layer's part of each shelf: a [S, r, in], b [S, r, out] and for DoRA rescale [S, 2, out], S the places
+        # there is room for. None: nothing on the shelf adapts this layer.
         self._shelves: dict[Shelf, LoraPair] = {}
         table.register(self)
 
@@ -218,21 +227,35 @@ class MixedLoraLinear(nn.Module):
                 update = (rows @ stack.a[:places].transpose(1, 2) @ stack.b[:places]).flatten(0, 1)
                 if layout.source is not None:
                     update = update.index_select(0, layout.source)
-                output[0].index_add_(0, layout.rows, update)
+                if stack.rescale is not None and layout.places is not None:
+                    mine = dora.rescaled(output[0].index_select(0, layout.rows), stack.rescale[layout.places])
+                    output[0].index_copy_(0, layout.rows, (mine + update).to(output.dtype))
+                else:
+                    output[0].index_add_(0, layout.rows, update)
         for digest, rows_of in self._table.segments:
             pair = self._table.adapters[digest].pairs.get(self._path)
             if pair is not None:
-                output[0, rows_of].addmm_(linear(x[0, rows_of], pair.a), pair.b)
+                mine = output[0, rows_of]
+                if pair.rescale is not None:
+                    mine.copy_(dora.rescaled(mine, pair.rescale))
+                mine.addmm_(linear(x[0, rows_of], pair.a), pair.b)
         return output
 
     def set_slot(self, slot: int, adapter: Adapter | None) -> None:
         """Note where this layer's part of an adapter is. The table keeps the adapter as long as it is in the slot."""
         pair = adapter.pairs.get(self._path) if adapter is not None else None
-        self._slots[slot] = (pair.a.data_ptr(), pair.b.data_ptr(), len(pair.a)) if pair is not None else (0, 0, 0)
+        if pair is None:
+            self._slots[slot] = (0, 0, 0, 0)
+        else:
+            rescale = 0 if pair.rescale is None else pair.rescale.data_ptr()
+            self._slots[slot] = (pair.a.data_ptr(), pair.b.data_ptr(), len(pair.a), rescale)
 
     @torch.inference_mode()
     def place(self, shelf: Shelf, adapters: Mapping[int, Adapter]) -> None:
-        """Copy adapters to their places on a shelf, making room for them; ranks are filled up with zeros."""
+        """Copy adapters to their places on a shelf, making room for them; ranks are filled up with zeros.
+
+        One that leaves this layer alone has zeros there, and a scale of 1.
+        """
         if len(adapters) == len(shelf.places):
             self._shelves.pop(shelf, None)  # it was cleared
         for place, adapter in adapters.items():
@@ -247,6 +270,9 @@ class MixedLoraLinear(nn.Module):
                     rank = len(pair.a)
                     here[:rank] = getattr(pair, side)
                 here[rank:] = 0
+            if stack.rescale is not None:
+                rescale = pair.rescale if pair is not None else None
+                stack.rescale[place] = dora.NO_RESCALE if rescale is None else rescale
 
     def _with_room(self, shelf: Shelf) -> LoraPair:
         stack, wanted = self._shelves.get(shelf), len(shelf.places)
@@ -254,9 +280,15 @@ class MixedLoraLinear(nn.Module):
             weight, capacity = self.base.weight, 1 << (wanted - 1).bit_length()
             a = weight.new_zeros(capacity, shelf.rank, self.base.in_features)
             b = weight.new_zeros(capacity, shelf.rank, self.base.out_features)
+            rescale = None
+            if shelf.is_dora:
+                rescale = a.new_empty(capacity, 2, self.base.out_features, dtype=torch.float32)
+                rescale[:] = dora.NO_RESCALE
             if stack is not None:
                 a[: len(stack.a)], b[: len(stack.b)] = stack.a, stack.b
-            self._shelves[shelf] = stack = LoraPair(a, b)
+                if rescale is not None and stack.rescale is not None:
+                    rescale[: len(stack.rescale)] = stack.rescale
+            self._shelves[shelf] = stack = LoraPair(a, b, rescale)
         return stack
 
 
@@ -269,17 +301,14 @@ def _merged(runs: Sequence[RowRun]) -> list[RowRun]:
     return merged
 
 
-def install(decoder: nn.Module, prefix: str, table: LoraTable) -> Mapping[str, tuple[int, int]]:
+def install(decoder: nn.Module, prefix: str, table: LoraTable) -> Mapping[str, nn.Linear]:
     """Replace every nn.Linear under `decoder` (whose path in the whole model is `prefix`) by a MixedLoraLinear.
 
     All are replaced at once, so that loading an adapter never changes the module tree under a running step; a layer
-    that no adapter of the batch targets costs one comparison. Returns their (out, in) shapes by full path.
+    that no adapter of the batch targets costs one comparison. Returns what was replaced, by full path.
     """
-    linears = [(name, module) for name, module in decoder.named_modules() if type(module) is nn.Linear]
-    shapes = {}
-    for name, module in linears:
-        path = f"{prefix}.{name}"
+    linears = {name: module for name, module in decoder.named_modules() if type(module) is nn.Linear}
+    for name, module in linears.items():
         parent, _, attribute = name.rpartition(".")
-        setattr(decoder.get_submodule(parent), attribute, MixedLoraLinear(module, path, table))
-        shapes[path] = (module.out_features, module.in_features)
-    return shapes
+        setattr(decoder.get_submodule(parent), attribute, MixedLoraLinear(module, f"{prefix}.{name}", table))
+    return {f"{prefix}.{name}": module for name, module in linears.items()}

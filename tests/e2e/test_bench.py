@@ -49,6 +49,21 @@ def test_checkpoint_prints_one_json_object_with_its_measures() -> None:
     assert recovery["resumed_at_step"] > 0
 
 
+@pytest.mark.long
+def test_serve_prints_the_cold_start_by_part() -> None:
+    command = [BENCH, "serve", "--quick", "--json", "--only", "cold"]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    said = json.loads(finished.stdout)
+    parts = ("resolve", "fetch", "verify", "place", "first_token", "whole")
+    assert set(said) == {f"cold_start_{part}_ms" for part in parts} | {"machine", "commit", "date", "store"}
+    for part in parts:
+        figures = said[f"cold_start_{part}_ms"]
+        assert figures["ours"] > 0
+        assert figures["peer"] > 0
+        assert figures["ratio_min"] <= figures["ratio"] <= figures["ratio_max"]
+
+
 def test_alone_it_lists_the_benchmarks_and_an_unknown_one_is_refused() -> None:
     alone = subprocess.run([BENCH], capture_output=True, text=True, check=True)
     assert "train" in [line.split()[0] for line in alone.stdout.splitlines()]

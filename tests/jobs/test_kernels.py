@@ -78,6 +78,20 @@ def test_what_is_not_the_plain_case_is_pefts(tiny_models: TinyModels) -> None:
     torch.testing.assert_close(ours(x), theirs(x))
 
 
+def test_dora_is_pefts_with_the_gradient_of_its_lengths(tiny_models: TinyModels) -> None:
+    found = []
+    x, gradient = torch.randn(1, 11, 192), torch.randn(1, 11, 64)
+    for layer in layers(tiny_models["qwen3"], dora=True):
+        lengths = layer.lora_magnitude_vector["default"].weight
+        lengths.data.mul_(1.5)
+        output = layer(x)
+        trained = (lengths, layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+        found.append([output.detach(), *torch.autograd.grad(output, trained, gradient)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+    assert found[0][1].abs().min() > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_and_its_gradient_are_the_plain_ones(dtype: torch.dtype) -> None:
     """Of more positions than a chunk has, scaled as a step scales it."""

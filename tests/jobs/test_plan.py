@@ -1,5 +1,6 @@
 """The plan: its arithmetic against the real model, its choice of a ZeRO stage, and its refusals."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from cluster.config import load
-from cluster.errors import PlanError
+from cluster.errors import ConfigError, PlanError
 from cluster.models import Shape, read_shape
 from jobs.config import LoraConfig, Recipe, ScheduleConfig
 from jobs.lora import prepare
@@ -29,15 +30,16 @@ def shape(loaded: Recipe) -> Shape:
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "mistral", "gemma3"])
-def test_parameter_counts_are_those_of_the_real_model(tiny_models: TinyModels, architecture: Any) -> None:
+@pytest.mark.parametrize("dora", [False, True])
+def test_parameter_counts_are_those_of_the_real_model(tiny_models: TinyModels, architecture: Any, dora: bool) -> None:
     folder = tiny_models[architecture]
     model = AutoModelForCausalLM.from_pretrained(folder)
     matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
     found = read_shape(folder)
     assert found.parameters == matrices
-    lora = prepare(model, LoraConfig(kind="lora", rank=4), seed=0)
+    lora = prepare(model, LoraConfig(kind="lora", rank=4, dora=dora), seed=0)
     wanted = sum(parameter.numel() for parameter in lora.parameters() if parameter.requires_grad)
-    planned = recipe("method.rank=4", f"model.source={folder}")
+    planned = recipe("method.rank=4", f"method.dora={json.dumps(dora)}", f"model.source={folder}")
     assert trained_parameters(planned, found) == wanted
 
 
@@ -50,6 +52,18 @@ def test_auto_takes_the_least_sharding_that_fits() -> None:
     assert stage(80) == 0
     assert stage(14) == 3
     assert [stage(memory, *full) for memory in (200, 60, 40, 20)] == [0, 1, 2, 3]
+
+
+def test_dora_is_never_planned_under_zero_3() -> None:
+    big = ("model=qwen3-8b", "train.workers=8", "method.dora=true")
+    fits, plain = (recipe(*big[:2], "cluster.memory_gb_per_worker=80", f"method.dora={it}") for it in ("true", "false"))
+    assert make_plan(fits, shape(fits)).zero == 0
+    assert make_plan(fits, shape(fits)).total_bytes > make_plan(plain, shape(plain)).total_bytes
+    too_big = recipe(*big, "cluster.memory_gb_per_worker=14")
+    with pytest.raises(PlanError, match=r"set method\.dora: false, which ZeRO-3 needs"):
+        make_plan(too_big, shape(too_big))
+    with pytest.raises(ConfigError, match=r"method\.dora needs whole base weights"):
+        recipe(*big, "train.zero=3")
 
 
 def test_one_worker_is_never_sharded() -> None:

@@ -40,7 +40,7 @@ def rows(step: int) -> Iterator[PackedRow]:
 
 
 def make(folder: Path, dtype: str, kind: str, stage: int, saved: SavedState | None = None) -> ZeroEngine:
-    method = LoraConfig(kind="lora", rank=4) if kind == "lora" else FullConfig(kind="full")
+    method = FullConfig(kind="full") if kind == "full" else LoraConfig(kind="lora", rank=4, dora=kind == "dora")
     model = prepare(load_model(folder, dtype, sharded_loading(stage, dtype)), method, seed=0, fused=stage < 3)
     if saved:
         put_weights(model, saved, stage)

@@ -89,7 +89,7 @@ def make_config(architecture: str, **changes: Any) -> Any:
     mixed = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
     gemma = {**shape, **mixed, "sliding_window": 7, "query_pre_attn_scalar": 10}
     if architecture == "llama":
-        return LlamaConfig(**{**shape, "head_dim": 8, "num_key_value_heads": 1})
+        return LlamaConfig(**{**shape, "head_dim": 8, "num_key_value_heads": 1}, attention_bias=True, mlp_bias=True)
     if architecture == "qwen3":
         return Qwen3Config(**{**shape, "tie_word_embeddings": True})
     if architecture == "qwen3_moe":
@@ -134,6 +134,24 @@ RECIPES = (
 )
 
 
+# The same with DoRA: on every linear layer, and on a few, scaled by √r; of about one rank, so that they share a shelf.
+DORAS = (
+    LoraRecipe(
+        6,
+        r=6,
+        targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        extra=(("use_dora", True),),
+    ),
+    LoraRecipe(
+        7,
+        r=3,
+        alpha=5,
+        targets=("v_proj", "up_proj"),
+        extra=(("use_dora", True), ("use_rslora", True), ("rank_pattern", {"v_proj": 5})),
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Expected:
     """What `generate` answers greedily, and by how much each token beat the second best."""
@@ -162,6 +180,10 @@ class TinyModel:
         self.folder = root / architecture
         torch.manual_seed(7)
         model = AutoModelForCausalLM.from_config(make_config(architecture, **changes), dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.normal_(0, 0.2)
         model.generation_config = GenerationConfig(eos_token_id=1, pad_token_id=0)
         model.save_pretrained(self.folder)
         make_tokenizer().save_pretrained(self.folder)
@@ -197,7 +219,9 @@ class TinyModel:
             model = get_peft_model(self.load(), config)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    if "lora_" in name:
+                    if "lora_magnitude" in name:
+                        parameter.mul_(torch.empty_like(parameter).uniform_(0.4, 1.6))
+                    elif "lora_" in name:
                         parameter.normal_(0, 0.3)
             name = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
             self._adapters[recipe] = self._root / f"{self.architecture}-adapters" / name
@@ -322,8 +346,8 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def recipes() -> tuple[LoraRecipe, ...]:
-    """Five adapters that differ in rank, targets and scaling."""
-    return RECIPES
+    """Seven adapters that differ in rank, targets and scaling; the last two are of DoRA."""
+    return RECIPES + DORAS
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from cluster.errors import AdapterRefused
 from serving.engine.adapter import Target, read_adapter
@@ -66,14 +68,13 @@ def test_every_recipe_loads_with_peft_s_own_config_file(
     for recipe in recipes:
         adapter = read_adapter("d", model.adapter(recipe), target)
         assert adapter.pairs
-        assert {len(pair.a) for pair in adapter.pairs.values()} <= {2, 3, 4, 6, 8}
+        assert {len(pair.a) for pair in adapter.pairs.values()} <= {2, 3, 4, 5, 6, 8}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")  # it warns of some of these too
 @pytest.mark.parametrize(
     ("extra", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "lora_only"}, "bias"),
         ({"lora_bias": True}, "lora_bias"),
@@ -118,7 +119,7 @@ def test_values_that_are_not_finite_are_refused(value: float, folder: Path, targ
 
 def test_values_that_overflow_in_the_engines_precision_are_refused(folder: Path, target: Target) -> None:
     change_tensors(folder, lambda tensors: tensors[FIRST].fill_(1e5))
-    half = Target(target.shapes, target.max_rank, torch.float16, target.device)
+    half = Target(target.linears, target.max_rank, torch.float16, target.device)
     assert FIRST in refused(folder, half)
     read_adapter("d", folder, target)
 
@@ -145,6 +146,72 @@ def test_another_bases_adapter_is_refused(folder: Path, target: Target) -> None:
 
     change_tensors(folder, move)
     assert elsewhere in refused(folder, target)
+
+
+@pytest.mark.parametrize("recipe", [-2, -1])
+def test_dora_is_what_peft_merges(recipe: int, tiny: Tiny, drive: Drive, recipes: tuple[LoraRecipe, ...]) -> None:
+    """g ⊙ W + the folded B A is the merged weight, and g ⊙ bias + (1 − g) ⊙ bias the bias, which peft leaves alone."""
+    model = tiny("llama")
+    target = drive(model).core.target
+    merged = dict(
+        PeftModel.from_pretrained(model.load(), model.adapter(recipes[recipe])).merge_and_unload().named_modules()
+    )
+    pairs = read_adapter("d", model.adapter(recipes[recipe]), target).pairs
+    assert len(pairs) == (14, 4)[recipe + 2]
+    for path, pair in pairs.items():
+        assert pair.rescale is not None
+        base, (scale, shift) = target.linears[path], pair.rescale
+        weight = scale[:, None] * base.weight + (pair.a.t() @ pair.b).t()
+        torch.testing.assert_close(weight, merged[path].weight, atol=1e-5, rtol=1e-5)
+        assert base.bias.abs().min() > 0
+        torch.testing.assert_close(scale * base.bias + shift, merged[path].bias, atol=1e-5, rtol=1e-5)
+
+
+def test_a_dora_folder_that_is_not_whole_is_refused(
+    model: TinyModel, target: Target, recipes: tuple[LoraRecipe, ...], tmp_path: Path
+) -> None:
+    magnitude = "base_model.model.model.layers.0.self_attn.v_proj.lora_magnitude_vector"
+
+    def spoilt(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> str:
+        copy = Path(shutil.copytree(model.adapter(recipes[-1]), tmp_path / name))
+        change_tensors(copy, change)
+        return refused(copy, target)
+
+    assert f"{magnitude} is missing" in spoilt("missing", lambda tensors: tensors.pop(magnitude))
+    assert f"{magnitude} has shape (31,), expected (32,)" in spoilt(
+        "short", lambda tensors: tensors.update({magnitude: tensors[magnitude][1:].clone()})
+    )
+    assert magnitude in spoilt("nan", lambda tensors: tensors[magnitude][3].fill_(float("nan")))
+    factors = [magnitude.replace("magnitude_vector", f"{side}.weight") for side in "AB"]
+    assert magnitude in spoilt("endless norm", lambda tensors: [tensors[each].fill_(1e30) for each in factors])
+    plain = Path(shutil.copytree(model.adapter(recipes[-1]), tmp_path / "plain"))
+    change_config(plain, use_dora=False)
+    assert "use_dora is not set" in refused(plain, target)
+
+
+def test_dora_on_weights_that_are_not_those_of_training_is_refused(
+    model: TinyModel, target: Target, recipes: tuple[LoraRecipe, ...]
+) -> None:
+    class Packed(nn.Linear):
+        """As layers of 8 and 4 bits are: a Linear, and not with the weights that norms were taken of."""
+
+    packed = {path: Packed(each.in_features, each.out_features) for path, each in target.linears.items()}
+    message = refused(model.adapter(recipes[-1]), replace(target, linears=packed))
+    assert "use_dora" in message
+    assert "is a Packed" in message
+    read_adapter("d", model.adapter(recipes[0]), replace(target, linears=packed))
+
+
+def test_dora_without_a_norm_to_divide_by_is_refused(
+    model: TinyModel, target: Target, recipes: tuple[LoraRecipe, ...], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model.adapter(recipes[-1]), tmp_path / "adapter"))
+    change_tensors(folder, lambda tensors: [each.zero_() for name, each in tensors.items() if "lora_B" in name])
+    read_adapter("d", folder, target)
+    zeros = {path: nn.Linear(each.in_features, each.out_features) for path, each in target.linears.items()}
+    for each in zeros.values():
+        nn.init.zeros_(each.weight)
+    assert "lora_magnitude_vector gives values that are not finite" in refused(folder, replace(target, linears=zeros))
 
 
 def test_an_empty_adapter_is_refused(folder: Path, target: Target) -> None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Drive = Callable[..., CoreDriver]
 
 LONGEST = 10
+ADAPTERS = 7
 PROMPT_LENGTHS = (1, 4, 9, 30, 70)
 
 
@@ -38,16 +39,21 @@ def model(tiny: Tiny) -> TinyModel:
 
 
 @pytest.fixture(scope="module", params=["compiler", "no compiler"])
-def driver(request: pytest.FixtureRequest, model: TinyModel, drive: Drive) -> Iterator[CoreDriver]:
-    """Room for about two long requests at once, three slots for five adapters, and a queue of four."""
+def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With our kernels, and without."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "no compiler":
             patch.setenv("CC", "no-such-compiler")
         kernels.library.cache_clear()
-        made = drive(model, kv_tokens=160, max_batch_tokens=24, max_running=6, max_waiting=4, max_adapters=3)
         assert kernels.are_usable(torch.device("cpu"), torch.float32) == (request.param == "compiler")
-        yield made
+        yield
     kernels.library.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def driver(compiler: None, model: TinyModel, drive: Drive) -> CoreDriver:
+    """Room for about two long requests at once, three slots for seven adapters, and a queue of four."""
+    return drive(model, kv_tokens=160, max_batch_tokens=24, max_running=6, max_waiting=4, max_adapters=3)
 
 
 def test_what_is_still_to_do_is_told_at_every_step(model: TinyModel, drive: Drive) -> None:
@@ -90,15 +96,16 @@ def prompt_of(model: TinyModel, index: int) -> list[int]:
     return model.prompt(index, PROMPT_LENGTHS[index])
 
 
+adapters = st.integers(0, ADAPTERS - 1)
 operations = st.lists(
     st.one_of(
         st.tuples(
-            st.just("add"), st.integers(-1, 4), st.sampled_from(range(len(PROMPT_LENGTHS))), st.integers(1, LONGEST)
+            st.just("add"), st.just(-1) | adapters, st.sampled_from(range(len(PROMPT_LENGTHS))), st.integers(1, LONGEST)
         ),
         st.tuples(st.just("cancel"), st.integers(0, 30)),
         st.tuples(st.just("step"), st.integers(1, 4)),
-        st.tuples(st.just("load"), st.integers(0, 4)),
-        st.tuples(st.just("unload"), st.integers(0, 4)),
+        st.tuples(st.just("load"), adapters),
+        st.tuples(st.just("unload"), adapters),
     ),
     min_size=5,
     max_size=40,
@@ -184,7 +191,7 @@ class Workload:
             else:
                 assert self.driver.finish(id_) in {"stop", "length"}
                 expected.first(max_tokens).check(ours)
-        for adapter in range(5):
+        for adapter in range(ADAPTERS):
             self.unload(adapter)
         stats = self.driver.core.stats()
         assert (stats.running, stats.waiting, stats.kv_blocks_used, stats.adapters) == (0, 0, 0, ())
@@ -234,7 +241,7 @@ def test_adapters_really_change_the_answer(model: TinyModel, recipes: tuple[Lora
     for index, length in enumerate(PROMPT_LENGTHS):
         prompt = model.prompt(index, length)
         answers = {tuple(model.expected(recipe, prompt, LONGEST).tokens) for recipe in (None, *recipes)}
-        assert len(answers) == 6
+        assert len(answers) == 1 + ADAPTERS
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(
@@ -256,28 +263,32 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch(
     assert driver.tokens("unseeded") != driver.tokens("alone")
 
 
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(("broken_one", "part"), [(1, "lora_"), (5, "lora_magnitude_vector")], ids=["lora", "dora"])
 def test_an_adapter_whose_logits_are_nan_harms_nobody_else(
-    model: TinyModel, drive: Drive, recipes: tuple[LoraRecipe, ...], tmp_path: Path
+    broken_one: int, part: str, model: TinyModel, drive: Drive, recipes: tuple[LoraRecipe, ...], tmp_path: Path
 ) -> None:
     """Its requests end with an error; neighbours, and later owners of its blocks, answer as ever."""
     driver = drive(model, kv_tokens=160)
     broken = tmp_path / "broken"
     broken.mkdir()
-    source = model.adapter(recipes[1])
+    source = model.adapter(recipes[broken_one])
     (broken / "adapter_config.json").write_text((source / "adapter_config.json").read_text())
     # Finite weights, infinite products: every check at loading passes.
     tensors = {
-        name: torch.full_like(tensor, 1e30) for name, tensor in load_file(source / "adapter_model.safetensors").items()
+        name: torch.full_like(tensor, 1e30) if part in name else tensor
+        for name, tensor in load_file(source / "adapter_model.safetensors").items()
     }
     save_file(tensors, broken / "adapter_model.safetensors")
     driver.load(recipes[0])
+    driver.load(recipes[6])
     driver.load_folder("sha256:broken", broken)
     good = {}
     for round_ in range(3):  # short prompts use the stacked product, long ones the product by segment
         for index, length in enumerate((3, 40)):
             driver.add(f"broken{round_}{index}", model.prompt(index, length), "sha256:broken", greedy())
-            for recipe in (None, recipes[0]):
-                id_ = f"good{round_}{index}{recipe is None}"
+            for recipe in (None, recipes[0], recipes[6]):
+                id_ = f"good{round_}{index}{recipe and recipe.seed}"
                 good[id_] = (recipe, model.prompt(index, length))
                 driver.add(id_, good[id_][1], model.digest(recipe), greedy())
             driver.step()
@@ -311,18 +322,44 @@ def test_an_adapter_in_use_is_unloaded_last_and_reloaded_after(
     assert driver.load(recipes[0])
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("length", [4, 40])
 def test_another_adapter_under_a_digest_of_before_is_not_the_one_of_before(
     length: int, model: TinyModel, drive: Drive, recipes: tuple[LoraRecipe, ...]
 ) -> None:
     """Digests should make this impossible; if it happens, nothing of the old one may be left in a stack."""
     driver = drive(model)
-    for recipe in (recipes[1], recipes[0], recipes[4]):
+    for recipe in (recipes[1], recipes[5], recipes[0], recipes[6], recipes[4]):
         driver.load_folder("sha256:same", model.adapter(recipe))
         driver.add(str(recipe.seed), model.prompt(2, length), "sha256:same", greedy())
         driver.run()
         model.expected(recipe, model.prompt(2, length), LONGEST).check(driver.tokens(str(recipe.seed)))
         assert driver.core.unload("sha256:same")
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(("first", "second"), [(2, 4), (5, 6)], ids=["lora", "dora"])
+def test_who_takes_a_place_on_a_shelf_has_nothing_of_who_left_it(
+    first: int, second: int, model: TinyModel, drive: Drive, recipes: tuple[LoraRecipe, ...]
+) -> None:
+    """Of one rank, the newcomer on other layers; the third keeps the shelf from being cleared."""
+    driver = drive(model)
+    asked: dict[str, tuple[int, int]] = {}
+
+    def ask(*pairs: tuple[str, int]) -> None:
+        for digest, number in pairs:
+            driver.load_folder(digest, model.adapter(recipes[number]))
+            for seed in range(4):
+                id_ = f"r{len(asked)}"
+                asked[id_] = number, seed
+                driver.add(id_, model.prompt(seed, 5), digest, greedy())
+        driver.run()
+
+    ask(("sha256:goes", first), ("sha256:stays", second))
+    assert driver.core.unload("sha256:goes")
+    ask(("sha256:comes", second), ("sha256:stays", second))
+    for id_, (number, seed) in asked.items():
+        model.expected(recipes[number], model.prompt(seed, 5), LONGEST).check(driver.tokens(id_))
 
 
 def test_a_long_prompt_does_not_hold_up_a_running_stream(model: TinyModel, drive: Drive) -> None:

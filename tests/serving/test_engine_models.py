@@ -39,8 +39,8 @@ def test_mixed_batch_equals_generate(
     choices = (None, *recipes)
     wanted: dict[str, tuple[LoraRecipe | None, list[int], int]] = {}
     # Prompts from one token to longer than a whole step; arrivals one step apart, so that prefill meets decode.
-    for index, length in enumerate((1, 5, 60, 33, 2, 110, 17, 40, 3)):
-        recipe = choices[index % 6]
+    for index, length in enumerate((1, 5, 60, 33, 2, 110, 17, 40, 3, 70, 4, 25)):
+        recipe = choices[index % len(choices)]
         prompt = model.prompt(index, length)
         wanted[str(index)] = (recipe, prompt, 12)
         driver.add(str(index), prompt, model.digest(recipe), SamplingParams(max_tokens=12, temperature=0))
@@ -133,6 +133,6 @@ def test_half_precision_runs(tiny: Tiny, drive: Drive, recipes: tuple[LoraRecipe
             params = SamplingParams(max_tokens=3, temperature=0, logprobs=1)
             each.add(str(index), model.prompt(1, 40), digest, params)
         each.run()
-    for index in range(6):
+    for index in range(1 + len(recipes)):
         ours, theirs = driver.events[str(index)][0].top_logprobs[0], exact.events[str(index)][0].top_logprobs[0]
         assert ours.logprob == pytest.approx(theirs.logprob, abs=0.5)

@@ -67,9 +67,9 @@ def endless_prompt(model: TinyModel, recipe: LoraRecipe | None, max_tokens: int)
     return next(each for each in prompts if len(model.expected(recipe, each, max_tokens).tokens) == max_tokens)
 
 
-def test_32_requests_over_five_adapters_and_the_base(model: TinyModel, recipes: Recipes) -> None:
+def test_32_requests_over_all_adapters_and_the_base(model: TinyModel, recipes: Recipes) -> None:
     choices = (None, *recipes)
-    jobs = [(choices[index % 6], model.prompt(index % 7, 3 + 9 * (index % 7))) for index in range(32)]
+    jobs = [(choices[index % 8], model.prompt(index % 7, 3 + 9 * (index % 7))) for index in range(32)]
 
     async def client(engine: Engine, index: int, turns: int) -> list[int]:
         for _ in range(turns):

@@ -62,6 +62,11 @@ class ObjectServer:
         }
 
 
+def is_ceph_installed() -> bool:
+    """Whether `started` gives a real server."""
+    return all(shutil.which(program, path=CEPH_PATH) for program in CEPH_PROGRAMS)
+
+
 @contextmanager
 def started() -> Iterator[ObjectServer]:
     """A server until the block ends. Raises RunFailed."""
@@ -69,7 +74,7 @@ def started() -> Iterator[ObjectServer]:
     with tempfile.TemporaryDirectory(prefix="luthier-s3-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         port = _free_ports(3)
-        if all(shutil.which(program, path=CEPH_PATH) for program in CEPH_PROGRAMS):
+        if is_ceph_installed():
             command = [str(REPOSITORY / "scripts" / "ceph-rgw"), f"{folder}/data", str(port), _ACCESS_KEY, _SECRET_KEY]
             settings = {}
             server = ObjectServer(_ceph_version(), port)
