@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.records import AdapterRecord, BaseModelRef
-from serving.engine.protocol import SamplingParams, TokenEvent
+from serving.engine.protocol import Quantization, SamplingParams, TokenEvent
 
 Message = dict[str, Any]
 Prompt = str | tuple[int, ...] | tuple[Message, ...]
@@ -22,6 +22,7 @@ class Call:
 
     id: str
     base: BaseModelRef  # what the ingress serves; a replica of another, in the middle of an update, refuses
+    quantization: Quantization | None  # the same of this
     prompts: tuple[Prompt, ...]
     adapter: AdapterRecord | None
     n: int
@@ -51,6 +52,8 @@ class ReplicaStatus:
 
     replica: str
     alive: bool
+    quantization: Quantization | None  # of the base
+    base_bytes: int  # of its weights, as they are held; 0: only the engine knows
     adapters: tuple[str, ...]  # name@version of what is loaded, in the order of loading
     requests: int
     steps: int

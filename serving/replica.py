@@ -63,6 +63,7 @@ class Replica:
 
         self._teardown = ExitStack()  # first, because __del__ runs even when what follows fails
         self._base = base
+        self._quantization = config.quantization
         if config.engine.kind == "vllm":
             find_python(config.engine.python)  # before anything is fetched
         store = open_store(config.store)
@@ -103,9 +104,10 @@ class Replica:
 
         Raises InvalidRequest, RequestError and Overloaded, and what loading the adapter raises, before Accepted.
         """
-        if call.base != self._base:
+        if (call.base, call.quantization) != (self._base, self._quantization):
+            base = f"{call.base.name} at {call.base.revision}"
             raise Overloaded(
-                f"the served base is being changed to {call.base.name} at {call.base.revision}; try again soon", 5
+                f"the served base is being changed to {base} ({call.quantization or 'as it is'}); try again soon", 5
             )
         loop = asyncio.get_running_loop()
         prompts = [await loop.run_in_executor(self._encoder, self._prompts.encode, each) for each in call.prompts]
@@ -186,6 +188,8 @@ class Replica:
         return ReplicaStatus(
             replica=serve.get_replica_context().replica_tag,
             alive=stats.alive,
+            quantization=self._quantization,
+            base_bytes=stats.base_bytes,
             adapters=tuple(f"{record.name}@{record.version}" for record in self._adapters.loaded),
             requests=stats.requests,
             steps=stats.steps,
@@ -265,6 +269,7 @@ def _native(folder: Path, config: ServingConfig, engine: EngineConfig) -> Engine
         folder,
         NativeOptions(
             dtype=_DTYPES[config.model.dtype],
+            quantization=engine.quantization,
             device="cuda" if config.replicas.gpus else "cpu",
             kv_tokens=engine.kv_tokens,
             max_batch_tokens=engine.max_batch_tokens,

@@ -45,7 +45,7 @@ class EngineCore:
         self._live: dict[str, _Live] = {}
         self._retiring: set[str] = set()
         self._loads: Counter[str] = Counter()  # of each digest
-        self._stats = EngineStats()
+        self._stats = EngineStats(base_bytes=model.base_bytes)
 
     @property
     def target(self) -> Target:

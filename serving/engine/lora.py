@@ -28,6 +28,7 @@ from torch.nn.functional import linear
 from cluster.errors import Overloaded
 from serving.engine import kernels
 from serving.engine.adapter import Adapter, LoraPair
+from serving.engine.quantized import QuantizedLinear
 
 SEGMENT_ROWS = 16
 
@@ -192,9 +193,9 @@ class LoraTable:
 
 
 class MixedLoraLinear(nn.Module):
-    """An nn.Linear plus, for each row, the update of that row's adapter. Takes the base layer's own parameters."""
+    """A linear layer plus, for each row, the update of that row's adapter, in full precision whatever the base's."""
 
-    def __init__(self, base: nn.Linear, path: str, table: LoraTable) -> None:
+    def __init__(self, base: nn.Linear | QuantizedLinear, path: str, table: LoraTable) -> None:
         super().__init__()
         self.base = base
         self._path = path
@@ -208,7 +209,7 @@ class MixedLoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [1, T, in] → [1, T, out], with T the rows given to LoraTable.assign."""
-        output = linear(x, self.base.weight, self.base.bias)
+        output: torch.Tensor = self.base(x)
         if self._table.groups is not None:
             kernels.update(output, x, self._address, self._table.groups)
         for shelf in self._table.shelves:
@@ -239,7 +240,7 @@ class MixedLoraLinear(nn.Module):
             pair = adapter.pairs.get(self._path)
             if pair is None and shelf not in self._shelves:
                 continue
-            stack = self._with_room(shelf)
+            stack = self._with_room(shelf, pair.a if pair is not None else self._shelves[shelf].a)
             for side in ("a", "b"):
                 here = getattr(stack, side)[place]
                 rank = 0
@@ -248,12 +249,12 @@ class MixedLoraLinear(nn.Module):
                     here[:rank] = getattr(pair, side)
                 here[rank:] = 0
 
-    def _with_room(self, shelf: Shelf) -> LoraPair:
+    def _with_room(self, shelf: Shelf, like: torch.Tensor) -> LoraPair:
         stack, wanted = self._shelves.get(shelf), len(shelf.places)
         if stack is None or len(stack.a) < wanted:
-            weight, capacity = self.base.weight, 1 << (wanted - 1).bit_length()
-            a = weight.new_zeros(capacity, shelf.rank, self.base.in_features)
-            b = weight.new_zeros(capacity, shelf.rank, self.base.out_features)
+            capacity = 1 << (wanted - 1).bit_length()
+            a = like.new_zeros(capacity, shelf.rank, self.base.in_features)
+            b = like.new_zeros(capacity, shelf.rank, self.base.out_features)
             if stack is not None:
                 a[: len(stack.a)], b[: len(stack.b)] = stack.a, stack.b
             self._shelves[shelf] = stack = LoraPair(a, b)
@@ -270,12 +271,16 @@ def _merged(runs: Sequence[RowRun]) -> list[RowRun]:
 
 
 def install(decoder: nn.Module, prefix: str, table: LoraTable) -> Mapping[str, tuple[int, int]]:
-    """Replace every nn.Linear under `decoder` (whose path in the whole model is `prefix`) by a MixedLoraLinear.
+    """Replace every linear layer under `decoder` (whose path in the whole model is `prefix`) by a MixedLoraLinear.
 
     All are replaced at once, so that loading an adapter never changes the module tree under a running step; a layer
     that no adapter of the batch targets costs one comparison. Returns their (out, in) shapes by full path.
     """
-    linears = [(name, module) for name, module in decoder.named_modules() if type(module) is nn.Linear]
+    linears = [
+        (name, module)
+        for name, module in decoder.named_modules()
+        if type(module) is nn.Linear or isinstance(module, QuantizedLinear)
+    ]
     shapes = {}
     for name, module in linears:
         path = f"{prefix}.{name}"
