@@ -105,10 +105,8 @@ class Replica:
         Raises InvalidRequest, RequestError and Overloaded, and what loading the adapter raises, before Accepted.
         """
         if (call.base, call.quantization) != (self._base, self._quantization):
-            base = f"{call.base.name} at {call.base.revision}"
-            raise Overloaded(
-                f"the served base is being changed to {base} ({call.quantization or 'as it is'}); try again soon", 5
-            )
+            meant = f"{call.base.name} at {call.base.revision} in {call.quantization or 'full precision'}"
+            raise Overloaded(f"the served base is being changed to {meant}; try again soon", 5)
         loop = asyncio.get_running_loop()
         prompts = [await loop.run_in_executor(self._encoder, self._prompts.encode, each) for each in call.prompts]
         requests = self._requests(call, prompts)

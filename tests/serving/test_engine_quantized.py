@@ -18,7 +18,7 @@ from bitsandbytes.functional import dequantize_blockwise, get_4bit_type
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 from transformers.models.qwen3 import Qwen3Config
 
 from cluster.errors import ModelError
@@ -29,60 +29,17 @@ from serving.engine.native import NativeOptions, load_core
 from serving.engine.protocol import GenerationRequest, Quantization, SamplingParams
 from serving.engine.quantized import Nf4Linear, QuantizedLinear, replace
 from serving.engine.scheduler import Limits, Scheduler, Sequence
-from tests.serving.conftest import TinyModel, make_config, make_tokenizer
+from tests.serving.conftest import make_config, make_tokenizer
+from tests.serving.quantized import QuantizedTiny
 
 if TYPE_CHECKING:
-    from tests.serving.conftest import CoreDriver, LoraRecipe
+    from tests.serving.conftest import CoreDriver, LoraRecipe, TinyModel
 
     Tiny = Callable[[str], TinyModel]
     Drive = Callable[..., CoreDriver]
 
 ROOT = Path(__file__).parents[2]
 KINDS: tuple[Quantization, ...] = ("int8", "nf4")
-
-
-class QuantizedTiny(TinyModel):
-    """A tiny model, its adapters made on it in full precision as most people's are; the answers are peft's on the base
-    as transformers quantises it.
-
-    bitsandbytes' layers are left in training mode: only then do they multiply with what their weights stand for, and
-    not round activations too.
-    """
-
-    def __init__(self, root: Path, architecture: str, kind: Quantization) -> None:
-        # Where the inputs are no whole number of blocks, bitsandbytes 0.50 restores nf4 wrongly on a CPU.
-        changes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
-        super().__init__(root, architecture, **changes)
-        self._kind = kind
-        self._exact = TinyModel(root, architecture, **changes)
-
-    def load(self) -> Any:
-        config = BitsAndBytesConfig(
-            load_in_8bit=self._kind == "int8",
-            load_in_4bit=self._kind == "nf4",
-            llm_int8_threshold=0.0,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-        )
-        attention = "eager" if self.architecture == "gemma2" else "sdpa"
-        return AutoModelForCausalLM.from_pretrained(
-            self.folder,
-            dtype=torch.float32,
-            attn_implementation=attention,
-            quantization_config=config,
-            device_map={"": "cpu"},
-        ).eval()
-
-    def adapter(self, recipe: LoraRecipe) -> Path:
-        return self._exact.adapter(recipe)
-
-    def reference(self, recipe: LoraRecipe | None) -> Any:
-        model = super().reference(recipe)
-        theirs = [each for each in model.modules() if type(each).__module__ == "bitsandbytes.nn.modules"]
-        assert theirs, "the reference is not quantised"
-        for each in theirs:
-            each.train()
-        return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
