@@ -53,7 +53,6 @@ class ReplicaStatus:
     replica: str
     alive: bool
     quantization: Quantization | None  # of the base
-    base_bytes: int  # of its weights, as they are held; 0: only the engine knows
     adapters: tuple[str, ...]  # name@version of what is loaded, in the order of loading
     requests: int
     steps: int
@@ -68,3 +67,4 @@ class ReplicaStatus:
     waiting: int
     kv_blocks_used: int
     kv_blocks_total: int
+    weight_bytes: int  # of the base, as the engine holds it; 0 where another process does

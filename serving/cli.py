@@ -7,14 +7,11 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from cluster.errors import LuthierError, exit_code
-
-if TYPE_CHECKING:
-    from serving.calls import ReplicaStatus
 
 app = typer.Typer(
     help="Serve a base model and its adapters under OpenAI's API.",
@@ -64,19 +61,13 @@ def status(
     for each, (state, replicas) in found.items():
         print(f"{each}: {state.lower()}, replicas: {len(replicas)}")
         for replica in replicas:
+            base = f"base in {replica.quantization}, " if replica.quantization else ""
             print(
-                f"  {replica.replica}: running {replica.running}, waiting {replica.waiting}, "
+                f"  {replica.replica}: {base}running {replica.running}, waiting {replica.waiting}, "
                 f"requests {replica.requests}, tokens {replica.generated_tokens}, "
                 f"kv blocks {replica.kv_blocks_used}/{replica.kv_blocks_total}, "
-                f"{_weights(replica)}"
                 f"adapters: {', '.join(replica.adapters) or 'none'}"
             )
-
-
-def _weights(replica: "ReplicaStatus") -> str:
-    """What the base's weights take, where the engine knows it."""
-    held = f" as {replica.quantization}" if replica.quantization else ""
-    return f"base {replica.base_bytes / 2**30:.2f} GiB{held}, " if replica.base_bytes else ""
 
 
 @app.command()

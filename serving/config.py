@@ -58,11 +58,11 @@ class EngineConfig(_EngineLimits):
     """The native engine, in the replica's own process."""
 
     kind: Literal["native"] = "native"
-    kv_tokens: PositiveInt = Field(16384, description="tokens that all running sequences hold together")
     quantization: Quantization | None = Field(
         None,
         description="the base's linear layers in 8 bits (int8) or 4 (nf4) as they are loaded; not set: in model.dtype",
     )
+    kv_tokens: PositiveInt = Field(16384, description="tokens that all running sequences hold together")
 
     @property
     def max_sequence_tokens(self) -> int:

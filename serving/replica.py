@@ -187,7 +187,6 @@ class Replica:
             replica=serve.get_replica_context().replica_tag,
             alive=stats.alive,
             quantization=self._quantization,
-            base_bytes=stats.base_bytes,
             adapters=tuple(f"{record.name}@{record.version}" for record in self._adapters.loaded),
             requests=stats.requests,
             steps=stats.steps,
@@ -202,6 +201,7 @@ class Replica:
             waiting=stats.waiting,
             kv_blocks_used=stats.kv_blocks_used,
             kv_blocks_total=stats.kv_blocks_total,
+            weight_bytes=stats.weight_bytes,
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:

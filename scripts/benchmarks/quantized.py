@@ -64,7 +64,7 @@ def measure(folder: Path, name: str, shape: Shape, rounds: int) -> list[Measure]
     for _ in range(rounds):
         for (kind, run), told in figures.items():
             told.append(contestants[kind].run(runs[run]))
-    held = {kind: contestant.core.stats().base_bytes for kind, contestant in contestants.items()}
+    held = {kind: contestant.core.stats().weight_bytes for kind, contestant in contestants.items()}
     return [
         *(Measure(f"{kind}_{run}", UNIT, figures[kind, run], figures["fp32", run]) for kind in KINDS for run in runs),
         *(Measure(f"{kind}_{name}_bytes", "MiB", [held[kind] / 2**20], [held["fp32"] / 2**20]) for kind in KINDS),

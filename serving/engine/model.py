@@ -8,7 +8,6 @@ everything else, from rotary tables to normalisation, is the model's own code, w
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -67,7 +66,7 @@ class PackedModel:
         if quantization is not None:
             quantized.replace(layers)
         self._model.to(device).eval().requires_grad_(False)
-        self.base_bytes = sum(each.nbytes for each in chain(self._model.parameters(), self._model.buffers()))
+        self.weight_bytes = sum(each.nbytes for each in (*self._model.parameters(), *self._model.buffers()))
         self.device = torch.device(device)
         self.facts = self._read_facts(folder)
         self.table = table

@@ -161,7 +161,7 @@ class EngineStats:
     running_answer_tokens: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
-    base_bytes: int = 0  # of the base's weights, as they are held
+    weight_bytes: int = 0  # of the base, as its tensors say; 0 where another process has them
     adapters: tuple[str, ...] = ()  # digests loaded
     alive: bool = True
 

@@ -162,7 +162,7 @@ def test_the_base_takes_the_bytes_of_its_format(tiny: Tiny) -> None:
     int8 = sum(outputs * inputs + 4 * outputs for outputs, inputs in shapes)
     blocks = [-(outputs * inputs // -64) for outputs, inputs in shapes]
     nf4 = sum(32 * each + each + 4 * -(each // -256) + 4 * 256 + 4 for each in blocks)
-    held = {kind: load_core(folder, NativeOptions(quantization=kind)).stats().base_bytes for kind in (None, *KINDS)}
+    held = {kind: load_core(folder, NativeOptions(quantization=kind)).stats().weight_bytes for kind in (None, *KINDS)}
     assert held[None] - held["int8"] == full - int8
     assert held[None] - held["nf4"] == full - nf4
 
@@ -178,7 +178,7 @@ status = dict(line.split(":") for line in Path("/proc/self/status").read_text().
 limit = int(status["VmData"].split()[0]) * 1024 + room
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 core = load_core(Path(sys.argv[1]), NativeOptions(quantization=kind, num_threads=1, kv_tokens=64))
-print(core.stats().base_bytes)
+print(core.stats().weight_bytes)
 """
 
 

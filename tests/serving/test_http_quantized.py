@@ -61,7 +61,7 @@ def test_answers_models_and_status_say_that_the_base_is_quantised(served: Served
     assert {each["id"]: each["quantization"] for each in listed} == {BASE: "nf4", "skill": "nf4"}
     status = served.status()
     assert status.quantization == "nf4"
-    assert 0 < status.base_bytes < served.model.reference(None).get_memory_footprint()
+    assert 0 < status.weight_bytes < served.model.reference(None).get_memory_footprint()
 
 
 def test_a_replica_refuses_what_is_meant_for_the_base_in_full_precision(served: Served) -> None:
