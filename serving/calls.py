@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.records import AdapterRecord, BaseModelRef
-from serving.engine.protocol import SamplingParams, TokenEvent
+from serving.engine.protocol import Quantization, SamplingParams, TokenEvent
 
 Message = dict[str, Any]
 Prompt = str | tuple[int, ...] | tuple[Message, ...]
@@ -22,6 +22,7 @@ class Call:
 
     id: str
     base: BaseModelRef  # what the ingress serves; a replica of another, in the middle of an update, refuses
+    quantization: Quantization | None  # the same of this
     prompts: tuple[Prompt, ...]
     adapter: AdapterRecord | None
     n: int
@@ -51,6 +52,7 @@ class ReplicaStatus:
 
     replica: str
     alive: bool
+    quantization: Quantization | None  # of the base
     adapters: tuple[str, ...]  # name@version of what is loaded, in the order of loading
     requests: int
     steps: int
@@ -65,3 +67,4 @@ class ReplicaStatus:
     waiting: int
     kv_blocks_used: int
     kv_blocks_total: int
+    weight_bytes: int  # of the base, as the engine holds it; 0 where another process does

@@ -61,8 +61,9 @@ def status(
     for each, (state, replicas) in found.items():
         print(f"{each}: {state.lower()}, replicas: {len(replicas)}")
         for replica in replicas:
+            base = f"base in {replica.quantization}, " if replica.quantization else ""
             print(
-                f"  {replica.replica}: running {replica.running}, waiting {replica.waiting}, "
+                f"  {replica.replica}: {base}running {replica.running}, waiting {replica.waiting}, "
                 f"requests {replica.requests}, tokens {replica.generated_tokens}, "
                 f"kv blocks {replica.kv_blocks_used}/{replica.kv_blocks_total}, "
                 f"adapters: {', '.join(replica.adapters) or 'none'}"

@@ -16,6 +16,7 @@ from pydantic import (
 from cluster import keys
 from cluster.config import Config, Reference, Secrets
 from cluster.models import ModelConfig
+from serving.engine.protocol import Quantization
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -57,6 +58,10 @@ class EngineConfig(_EngineLimits):
     """The native engine, in the replica's own process."""
 
     kind: Literal["native"] = "native"
+    quantization: Quantization | None = Field(
+        None,
+        description="the base's linear layers in 8 bits (int8) or 4 (nf4) as they are loaded; not set: in model.dtype",
+    )
     kv_tokens: PositiveInt = Field(16384, description="tokens that all running sequences hold together")
 
     @property
@@ -78,6 +83,16 @@ class VllmConfig(_EngineLimits):
     )
     start_timeout_s: PositiveFloat = Field(1800.0, description="how long it may take to load, compile and answer")
     arguments: str = Field("", description="more of vLLM's own arguments, written as in a shell")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _quantizes_by_itself(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "quantization" in given:
+            raise ValueError(
+                "quantization is the native engine's; vLLM has its own, for example "
+                "arguments: --quantization bitsandbytes"
+            )
+        return given
 
     @property
     def max_sequence_tokens(self) -> int | None:
@@ -165,6 +180,11 @@ class ServingConfig(Config):
     http: HttpConfig = HttpConfig()
     adapters: AdaptersConfig = AdaptersConfig()
     secrets: Secrets = Field({}, description="variables that are set in each replica and ingress: NAME: secret://…")
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the weights that answer differ from those of the base's revision."""
+        return self.engine.quantization if self.engine.kind == "native" else None
 
     @model_validator(mode="after")
     def _check(self) -> "ServingConfig":

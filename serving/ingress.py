@@ -41,6 +41,7 @@ from serving.resolver import Resolver, ServedModel
 
 ADAPTER_HEADER = "x-luthier-adapter"
 DIGEST_HEADER = "x-luthier-digest"
+QUANTIZATION_HEADER = "x-luthier-quantization"
 
 _READY_TIMEOUT_S = 5.0
 
@@ -53,6 +54,7 @@ class Ingress:
     def __init__(self, config: ServingConfig, base: BaseModelRef, replicas: DeploymentHandle[Any]) -> None:
         secret.load(config.secrets)
         self._base = base
+        self._quantization = config.quantization
         self._replicas = replicas
         self._resolver = Resolver(open_store(config.store), base, config.adapters.alias_refresh_s, self._prefetch)
         self._requests = counter(metrics.REQUESTS)
@@ -121,6 +123,7 @@ class Ingress:
         call = Call(
             id=f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
             base=self._base,
+            quantization=self._quantization,
             prompts=wanted.prompts,
             adapter=record,
             n=wanted.n,
@@ -177,13 +180,16 @@ class Ingress:
             _log.warning("%s@%s was not loaded ahead: %s", record.name, record.version, error)
 
     def _headers(self, record: AdapterRecord | None) -> dict[str, str]:
-        """Which weights answer: an adapter's version and digest, or the base and its revision."""
+        """Which weights answer: an adapter's version and digest, or the base and its revision; how it is quantised."""
+        held = {QUANTIZATION_HEADER: self._quantization} if self._quantization else {}
         if record is None:
-            return {ADAPTER_HEADER: self._base.name, DIGEST_HEADER: self._base.revision}
-        return {ADAPTER_HEADER: f"{record.name}@{record.version}", DIGEST_HEADER: record.digest}
+            return {ADAPTER_HEADER: self._base.name, DIGEST_HEADER: self._base.revision, **held}
+        return {ADAPTER_HEADER: f"{record.name}@{record.version}", DIGEST_HEADER: record.digest, **held}
 
     def _model(self, model: ServedModel) -> Json:
         shown: Json = {"id": model.id, "object": "model", "created": model.created, "owned_by": "luthier"}
+        if self._quantization is not None:
+            shown["quantization"] = self._quantization  # of the base, on which the adapters stand too
         if model.adapter is None:
             return {**shown, "digest": self._base.revision}
         version = f"{model.adapter.name}@{model.adapter.version}"

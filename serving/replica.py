@@ -63,6 +63,7 @@ class Replica:
 
         self._teardown = ExitStack()  # first, because __del__ runs even when what follows fails
         self._base = base
+        self._quantization = config.quantization
         if config.engine.kind == "vllm":
             find_python(config.engine.python)  # before anything is fetched
         secret.load(config.secrets)
@@ -104,10 +105,9 @@ class Replica:
 
         Raises InvalidRequest, RequestError and Overloaded, and what loading the adapter raises, before Accepted.
         """
-        if call.base != self._base:
-            raise Overloaded(
-                f"the served base is being changed to {call.base.name} at {call.base.revision}; try again soon", 5
-            )
+        if (call.base, call.quantization) != (self._base, self._quantization):
+            meant = f"{call.base.name} at {call.base.revision} in {call.quantization or 'full precision'}"
+            raise Overloaded(f"the served base is being changed to {meant}; try again soon", 5)
         loop = asyncio.get_running_loop()
         prompts = [await loop.run_in_executor(self._encoder, self._prompts.encode, each) for each in call.prompts]
         requests = self._requests(call, prompts)
@@ -187,6 +187,7 @@ class Replica:
         return ReplicaStatus(
             replica=serve.get_replica_context().replica_tag,
             alive=stats.alive,
+            quantization=self._quantization,
             adapters=tuple(f"{record.name}@{record.version}" for record in self._adapters.loaded),
             requests=stats.requests,
             steps=stats.steps,
@@ -201,6 +202,7 @@ class Replica:
             waiting=stats.waiting,
             kv_blocks_used=stats.kv_blocks_used,
             kv_blocks_total=stats.kv_blocks_total,
+            weight_bytes=stats.weight_bytes,
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -266,6 +268,7 @@ def _native(folder: Path, config: ServingConfig, engine: EngineConfig) -> Engine
         folder,
         NativeOptions(
             dtype=_DTYPES[config.model.dtype],
+            quantization=engine.quantization,
             device="cuda" if config.replicas.gpus else "cpu",
             kv_tokens=engine.kv_tokens,
             max_batch_tokens=engine.max_batch_tokens,

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("cluster", "jobs", "serving")
 ALLOWED = {"cluster": {"cluster"}, "jobs": {"cluster", "jobs"}, "serving": {"cluster", "serving"}}
 DOORS = {
+    "bitsandbytes": {"serving/engine/quantized.py"},
     "deepspeed": {"jobs/zero.py"},
     "boto3": {"cluster/s3.py"},
     "botocore": {"cluster/s3.py"},

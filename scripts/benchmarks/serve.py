@@ -64,7 +64,7 @@ from scripts.benchmarks.report import REPOSITORY, Measure, show
 from serving.engine.adapter import read_adapter
 from serving.engine.core import EngineCore
 from serving.engine.native import NativeEngine, NativeOptions, load_core
-from serving.engine.protocol import GenerationRequest, SamplingParams
+from serving.engine.protocol import GenerationRequest, Quantization, SamplingParams
 
 UNIT = "tokens per CPU-second"
 VLLM = REPOSITORY / ".venv-vllm" / "bin" / "python"
@@ -109,10 +109,12 @@ Run = Callable[[Requests], float]
 class Ours:
     """The native engine's core, stepped here: no thread, no loop, nothing but the engine."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, dtype: str = "float32", quantization: Quantization | None = None) -> None:
         self.core: EngineCore = load_core(
             model,
             NativeOptions(
+                dtype=dtype,
+                quantization=quantization,
                 kv_tokens=64 * 1024,
                 max_running=MANY,
                 max_waiting=2 * MANY,  # one alone gets two thirds

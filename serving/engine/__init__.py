@@ -11,6 +11,7 @@
     kv          the pool: blocks, who shares them, and the tensors behind them
     adapter     reads and checks a peft LoRA folder     dora   how DoRA's trained lengths become a scale
     lora        linear layers that mix adapters row by row
+    quantized   linear layers with weights in 8 or 4 bits, beneath those
     kernels     the two products of decode that torch has no fast way for on a CPU (kernels.c)
     sampling    logits → token        text    tokens → text that may be shown
     grammar     which tokens may follow in an answer that must be JSON, or match a pattern

@@ -173,6 +173,7 @@ class EngineCore:
             running_answer_tokens=sum(each.request.params.max_tokens - each.num_generated for each in running),
             kv_blocks_used=allocator.num_used,
             kv_blocks_total=allocator.num_blocks,
+            weight_bytes=self._model.weight_bytes,
             adapters=tuple(self._model.table.adapters),
         )
 

@@ -31,6 +31,7 @@ from torch.nn.functional import linear
 from cluster.errors import Overloaded
 from serving.engine import dora, kernels
 from serving.engine.adapter import Adapter, LoraPair
+from serving.engine.quantized import QuantizedLinear
 
 SEGMENT_ROWS = 16
 
@@ -201,9 +202,9 @@ class LoraTable:
 
 
 class MixedLoraLinear(nn.Module):
-    """An nn.Linear plus, for each row, the update of that row's adapter. Takes the base layer's own parameters."""
+    """A linear layer plus, for each row, the update of that row's adapter, in full precision whatever the base's."""
 
-    def __init__(self, base: nn.Linear, path: str, table: LoraTable) -> None:
+    def __init__(self, base: nn.Linear | QuantizedLinear, path: str, table: LoraTable) -> None:
         super().__init__()
         self.base = base
         self._path = path
@@ -217,7 +218,7 @@ class MixedLoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [1, T, in] → [1, T, out], with T the rows given to LoraTable.assign."""
-        output = linear(x, self.base.weight, self.base.bias)
+        output: torch.Tensor = self.base(x)
         if self._table.groups is not None:
             kernels.update(output, x, self._address, self._table.groups)
         for shelf in self._table.shelves:
@@ -262,7 +263,7 @@ class MixedLoraLinear(nn.Module):
             pair = adapter.pairs.get(self._path)
             if pair is None and shelf not in self._shelves:
                 continue
-            stack = self._with_room(shelf)
+            stack = self._with_room(shelf, pair.a if pair is not None else self._shelves[shelf].a)
             for side in ("a", "b"):
                 here = getattr(stack, side)[place]
                 rank = 0
@@ -274,12 +275,12 @@ class MixedLoraLinear(nn.Module):
                 rescale = pair.rescale if pair is not None else None
                 stack.rescale[place] = dora.NO_RESCALE if rescale is None else rescale
 
-    def _with_room(self, shelf: Shelf) -> LoraPair:
+    def _with_room(self, shelf: Shelf, like: torch.Tensor) -> LoraPair:
         stack, wanted = self._shelves.get(shelf), len(shelf.places)
         if stack is None or len(stack.a) < wanted:
-            weight, capacity = self.base.weight, 1 << (wanted - 1).bit_length()
-            a = weight.new_zeros(capacity, shelf.rank, self.base.in_features)
-            b = weight.new_zeros(capacity, shelf.rank, self.base.out_features)
+            capacity = 1 << (wanted - 1).bit_length()
+            a = like.new_zeros(capacity, shelf.rank, self.base.in_features)
+            b = like.new_zeros(capacity, shelf.rank, self.base.out_features)
             rescale = None
             if shelf.is_dora:
                 rescale = a.new_empty(capacity, 2, self.base.out_features, dtype=torch.float32)
@@ -301,13 +302,17 @@ def _merged(runs: Sequence[RowRun]) -> list[RowRun]:
     return merged
 
 
-def install(decoder: nn.Module, prefix: str, table: LoraTable) -> Mapping[str, nn.Linear]:
-    """Replace every nn.Linear under `decoder` (whose path in the whole model is `prefix`) by a MixedLoraLinear.
+def install(decoder: nn.Module, prefix: str, table: LoraTable) -> Mapping[str, nn.Linear | QuantizedLinear]:
+    """Replace every linear layer under `decoder` (whose path in the whole model is `prefix`) by a MixedLoraLinear.
 
     All are replaced at once, so that loading an adapter never changes the module tree under a running step; a layer
     that no adapter of the batch targets costs one comparison. Returns what was replaced, by full path.
     """
-    linears = {name: module for name, module in decoder.named_modules() if type(module) is nn.Linear}
+    linears = {
+        name: module
+        for name, module in decoder.named_modules()
+        if type(module) is nn.Linear or isinstance(module, QuantizedLinear)
+    }
     for name, module in linears.items():
         parent, _, attribute = name.rpartition(".")
         setattr(decoder.get_submodule(parent), attribute, MixedLoraLinear(module, f"{prefix}.{name}", table))

@@ -1,8 +1,9 @@
 """The base model on its device, and the one forward pass that serves all running requests at once.
 
 The only file that touches transformers' model classes. A folder is loaded with AutoModelForCausalLM, its attention set
-to ours (attention.py) and its decoder's linear layers replaced (lora.py); everything else, from rotary tables to
-normalisation, is the model's own code, which is why the tokens are those of `generate`.
+to ours (attention.py) and its decoder's linear layers replaced (lora.py, and quantized.py beneath it if asked for);
+everything else, from rotary tables to normalisation, is the model's own code, which is why the tokens are those of
+`generate`.
 """
 
 from collections.abc import Iterable
@@ -12,13 +13,15 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cluster.errors import ModelError
-from serving.engine import attention
+from serving.engine import attention, quantized
 from serving.engine.adapter import Target
 from serving.engine.kv import BlockAllocator, KvPool
 from serving.engine.lora import LoraTable, RowRun, install
+from serving.engine.protocol import Quantization
 from serving.engine.scheduler import Chunk, Sequence
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,26 +43,34 @@ class PackedModel:
     """A causal language model that runs packed rows over a paged pool with mixed adapters."""
 
     def __init__(
-        self, folder: Path, *, dtype: str, device: str, allocator: BlockAllocator, table: LoraTable, max_rank: int
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        quantization: Quantization | None,
+        device: str,
+        allocator: BlockAllocator,
+        table: LoraTable,
+        max_rank: int,
     ) -> None:
-        """Load the folder. Raises ModelError when it is no causal model, or one whose attention ours cannot do."""
+        """Load the folder. Raises ModelError when it is no causal model, or one that the engine cannot serve so."""
         if dtype not in _DTYPES:
             raise ModelError(f"dtype is {dtype!r}; write one of {', '.join(_DTYPES)}")
         attention.register()
         try:
-            self._model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=_DTYPES[dtype], attn_implementation=attention.NAME, local_files_only=True
-            )
+            self._model = _load(folder, _DTYPES[dtype], quantization, device)
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+        layers, prefix = _layers(self._model)
+        if quantization is not None:
+            quantized.replace(layers)
         self._model.to(device).eval().requires_grad_(False)
+        self.weight_bytes = sum(each.nbytes for each in (*self._model.parameters(), *self._model.buffers()))
         self.device = torch.device(device)
         self.facts = self._read_facts(folder)
         self.table = table
         self.pool = KvPool(allocator)
-        layers = self._model.get_decoder().layers
-        prefix = next(name for name, module in self._model.named_modules() if module is layers)
         self.target = Target(install(layers, prefix, table), max_rank, _DTYPES[dtype], self.device)
         self._slots: WeakKeyDictionary[Sequence, torch.Tensor] = WeakKeyDictionary()  # gone with the sequence
         self._probe(folder)
@@ -149,3 +160,27 @@ class PackedModel:
         if self.tokenizer.eos_token_id is not None:
             eos_ids.add(self.tokenizer.eos_token_id)
         return ModelFacts(int(config.vocab_size), int(config.max_position_embeddings), frozenset(eos_ids))
+
+
+def _load(folder: Path, dtype: torch.dtype, quantization: Quantization | None, device: str) -> Any:
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        raise ModelError(
+            f"{folder} is stored quantised ({stored['quant_method']}), and the native engine could put no adapter on "
+            "that; take the model in full precision, with engine.quantization int8 or nf4"
+        )
+    more = {}
+    if quantization is not None:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        more = quantized.loading(skeleton, _layers(skeleton)[1], quantization, device)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True, **more
+    )
+
+
+def _layers(model: Any) -> tuple[nn.Module, str]:
+    """The decoder's layers, and their path in the whole model."""
+    layers = model.get_decoder().layers
+    return layers, next(name for name, module in model.named_modules() if module is layers)

@@ -22,7 +22,7 @@ from serving.engine.kv import BlockAllocator
 from serving.engine.lora import LoraTable
 from serving.engine.model import PackedModel
 from serving.engine.pace import Pace
-from serving.engine.protocol import EngineStats, GenerationRequest, Grammar, TokenEvent
+from serving.engine.protocol import EngineStats, GenerationRequest, Grammar, Quantization, TokenEvent
 from serving.engine.scheduler import Limits, Scheduler
 from serving.engine.streams import EventStream, settle
 
@@ -34,6 +34,7 @@ class NativeOptions:
     """How much an engine may hold. Memory of keys and values: 2 × layers × kv_heads × head_dim × kv_tokens values."""
 
     dtype: str = "float32"  # or bfloat16, float16
+    quantization: Quantization | None = None  # of the base's linear layers; adapters and the rest stay in dtype
     device: str = "cpu"  # or cuda, cuda:1
     kv_tokens: int = 16384  # positions that all running sequences may hold together
     block_tokens: int = 16
@@ -228,6 +229,7 @@ def load_core(folder: Path, options: NativeOptions) -> EngineCore:
     model = PackedModel(
         folder,
         dtype=options.dtype,
+        quantization=options.quantization,
         device=options.device,
         allocator=allocator,
         table=table,

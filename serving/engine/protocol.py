@@ -20,6 +20,7 @@ MAX_REPETITION_PENALTY = 1000.0  # and no less than one through it: further out,
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 GrammarKind = Literal["json_schema", "regex", "choice", "lark"]
+Quantization = Literal["int8", "nf4"]  # of the base's weights (quantized.py)
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ class EngineStats:
     running_answer_tokens: int = 0
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
+    weight_bytes: int = 0  # of the base, as its tensors say; 0 where another process has them
     adapters: tuple[str, ...] = ()  # digests loaded
     alive: bool = True
 

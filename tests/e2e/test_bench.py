@@ -64,6 +64,17 @@ def test_serve_prints_the_cold_start_by_part() -> None:
         assert figures["ratio_min"] <= figures["ratio"] <= figures["ratio_max"]
 
 
+def test_quantized_prints_one_json_object_with_its_measures() -> None:
+    finished = subprocess.run([BENCH, "quantized", "--quick", "--json"], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    said = json.loads(finished.stdout)
+    kinds = ("bf16", "int8", "nf4", "int8_bf16", "nf4_bf16")
+    wanted = {f"{kind}_quick{part}" for kind in kinds for part in ("", "_mixed", "_bytes")}
+    assert set(said) == wanted | {"machine", "commit", "date"}
+    assert all(said[name]["ours"] > 0 and said[name]["peer"] > 0 for name in wanted)
+    assert said["nf4_quick_bytes"]["ratio"] < said["int8_quick_bytes"]["ratio"] < 1
+
+
 def test_alone_it_lists_the_benchmarks_and_an_unknown_one_is_refused() -> None:
     alone = subprocess.run([BENCH], capture_output=True, text=True, check=True)
     assert "train" in [line.split()[0] for line in alone.stdout.splitlines()]

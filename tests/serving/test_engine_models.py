@@ -122,10 +122,13 @@ def test_no_dense_mask_is_ever_built(tiny: Tiny, drive: Drive) -> None:
     assert driver.finish("a") in {"length", "stop"}
 
 
-def test_half_precision_runs(tiny: Tiny, drive: Drive, recipes: tuple[LoraRecipe, ...]) -> None:
+@pytest.mark.parametrize("quantization", [None, "int8", "nf4"])
+def test_half_precision_runs(
+    quantization: str | None, tiny: Tiny, drive: Drive, recipes: tuple[LoraRecipe, ...]
+) -> None:
     """bfloat16 cannot equal float32's tokens; its first logits are near, and mixed batches come to an end."""
     model = tiny("qwen3")
-    driver, exact = drive(model, dtype="bfloat16"), drive(model)
+    driver, exact = (drive(model, dtype=dtype, quantization=quantization) for dtype in ("bfloat16", "float32"))
     for each in (driver, exact):
         for recipe in recipes:
             each.load(recipe)

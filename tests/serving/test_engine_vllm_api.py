@@ -205,6 +205,8 @@ def test_the_engine_is_chosen_by_its_kind_or_by_its_name_alone(
         ("engine: vlm", ':4: engine: got "vlm"; write native or vllm'),
         ("engine: {kind: vlm}", ':4: engine: got {"kind": "vlm"}; write native or vllm'),
         ("engine: {kind: vllm, kv_tokens: 9}", ":4: engine.kv_tokens: unknown key; did you mean 'kv_bytes'?"),
+        ("engine: {kind: vllm, quantization: int8}", "quantization is the native engine's; vLLM has its own"),
+        ("engine: {quantization: int4}", ":4: engine.quantization: got \"int4\"; input should be 'int8' or 'nf4'"),
         ("engine: {kind: vllm, max_rank: 513}", ":4: engine.max_rank: got 513"),
         ("engine: {kind: vllm, max_running: 600}", "max_running 600 is more than max_batch_tokens 512"),
     ],
