@@ -11,12 +11,12 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from contextvars import Context
 from typing import Any
 
-import grpc
+import grpc  # type: ignore[import-untyped]
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -110,7 +110,7 @@ class Ingress:
         try:
             wanted = parse(await request.body(), kind)
             record = await self._resolver.resolve(wanted.model)
-            response = await _while_connected(request, self._call(wanted, record))
+            response = await self._call(wanted, record)
         except Exception as error:  # the edge: whatever it was, the client gets OpenAI's shape
             response = _render(error)
         self._count(record, response.status_code)
@@ -194,25 +194,6 @@ class Ingress:
     def _count(self, record: AdapterRecord | None, status: int) -> None:
         adapter = f"{record.name}@{record.version}" if record else ""
         self._requests.inc(1, {"model": self._base.name, "adapter": adapter, "code": str(status)})
-
-
-async def _while_connected(request: Request, answer: Coroutine[Any, Any, Response]) -> Response:
-    """The answer, unless the client goes away before it begins: then it is cancelled, as Serve does behind its own
-    proxy, but not in its HAProxy mode. What has begun to be streamed is watched by its own response."""
-    answering, gone = asyncio.create_task(answer), asyncio.create_task(_gone(request))
-    try:
-        await asyncio.wait({answering, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
-            answering.cancel()
-        return await answering
-    finally:
-        answering.cancel()
-        gone.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _result(response: Any) -> bool:
