@@ -168,6 +168,12 @@ def test_a_text_of_megabytes_is_refused_without_tokenising_it(served: Served, pa
     assert "characters are more than that in any tokens" in error["message"]
 
 
+def test_a_whole_answer_may_be_larger_than_a_message_of_grpc(served: Served) -> None:
+    given: dict[str, Any] = {"model": BASE, "prompt": "a", "max_tokens": 100, "n": 100, "logprobs": 20}
+    answer = served.client().completions.create(**given, extra_body={"ignore_eos": True})
+    assert [len((choice.logprobs and choice.logprobs.tokens) or []) for choice in answer.choices] == [100] * 100
+
+
 def test_a_token_that_the_model_has_not_is_a_400(served: Served) -> None:
     refused = post(served, "/completions", {"model": BASE, "prompt": [5, 99999], "max_tokens": 2})
     assert refused.status_code == 400
