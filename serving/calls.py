@@ -17,7 +17,7 @@ class Call:
 
     Choice `p * n + i` is the i-th answer to prompt p, as OpenAI numbers them. `max_tokens` None means: up to
     the end of the context; `params.max_tokens` is then without meaning. `adapter` None is the base model.
-    With `stream` False everything arrives in one piece at the end, which spares one Ray message per token.
+    With `stream` False everything arrives at the end, in few pieces, which spares one message per token.
     """
 
     id: str

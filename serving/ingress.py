@@ -16,6 +16,7 @@ from contextlib import aclosing
 from contextvars import Context
 from typing import Any
 
+import grpc  # type: ignore[import-untyped]
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -44,6 +45,7 @@ DIGEST_HEADER = "x-luthier-digest"
 QUANTIZATION_HEADER = "x-luthier-quantization"
 
 _READY_TIMEOUT_S = 5.0
+_MAX_GRPC_BYTES = 2**21  # of a request; Serve's servers take messages of 4 MiB
 
 _log = logging.getLogger(__name__)
 
@@ -110,15 +112,18 @@ class Ingress:
     async def _answer(self, request: Request, kind: type[ChatRequest] | type[CompletionRequest]) -> Response:
         record: AdapterRecord | None = None
         try:
-            wanted = parse(await request.body(), kind)
+            body = await request.body()
+            wanted = parse(body, kind)
             record = await self._resolver.resolve(wanted.model)
-            response = await self._call(wanted, record)
+            response = await self._call(wanted, record, is_large=len(body) > _MAX_GRPC_BYTES)
         except Exception as error:  # the edge: whatever it was, the client gets OpenAI's shape
             response = _render(error)
         self._count(record, response.status_code)
         return response
 
-    async def _call(self, wanted: ChatRequest | CompletionRequest, record: AdapterRecord | None) -> Response:
+    async def _call(
+        self, wanted: ChatRequest | CompletionRequest, record: AdapterRecord | None, is_large: bool
+    ) -> Response:
         is_chat = isinstance(wanted, ChatRequest)
         call = Call(
             id=f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -138,7 +143,7 @@ class Ingress:
             wants_logprobs=call.params.logprobs is not None,
             includes_usage=wanted.stream_options is not None and wanted.stream_options.include_usage,
         )
-        pieces = self._pieces(call)
+        pieces = self._pieces(call, is_large)
         accepted = await anext(pieces)
         assert isinstance(accepted, Accepted), "a replica says first that it accepts"
         answer.usage.prompt_tokens = accepted.prompt_tokens
@@ -148,10 +153,12 @@ class Ingress:
             events = [event async for piece in pieces if not isinstance(piece, Accepted) for event in piece]
         return JSONResponse(answer.whole(events), headers=self._headers(record))
 
-    async def _pieces(self, call: Call) -> AsyncGenerator[Accepted | list[ChoiceEvent], None]:
+    async def _pieces(self, call: Call, is_large: bool) -> AsyncGenerator[Accepted | list[ChoiceEvent], None]:
         """What a replica answers. Raises what it raised; leaving early cancels the call there."""
         digest = call.adapter.digest if call.adapter else ""
-        response = self._replicas.options(stream=True, multiplexed_model_id=digest).generate.remote(call)
+        # What is not given by reference goes over gRPC, which costs less than Ray's objects do (README.md).
+        replicas = self._replicas.options(stream=True, multiplexed_model_id=digest, _by_reference=is_large)
+        response = replicas.generate.remote(call)
         try:
             async for piece in response:
                 yield piece
@@ -161,7 +168,7 @@ class Ingress:
         except BackPressureError as error:
             queued = error.num_queued_requests
             raise Overloaded(f"{queued} requests wait already; try again soon", self._pace.wait_s(queued)) from None
-        except (RayError, RayServeException) as error:
+        except (RayError, RayServeException, grpc.RpcError) as error:
             _log.warning("call %s lost its replica: %s", call.id, error)
             raise Overloaded("the replica that answered was lost; send the request again") from None
         finally:

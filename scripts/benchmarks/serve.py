@@ -19,6 +19,7 @@ for the last:
 And with Ray Serve around the engine (serve_live.py), a tiny model, in milliseconds or counts:
 
     ingress_p50_ms       a request for one token over HTTP, against the same on an engine in the process; and p99
+    haproxy_p50_ms       the same request in Serve's HAProxy mode, against behind Serve's own proxy; and p99
     alias_live_s         from a moved alias to the last request that the old version answers, under 50 requests/s; and
                          (as the peer) from the way back
     zipf_…               four replicas of 16 places, 64 requests at once of 64 + 128 tokens, one adapter with half of

@@ -9,7 +9,7 @@ import os
 import random
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -41,6 +41,11 @@ AT_ONCE = 64
 PLACES = 16
 PROMPT, NEW = 64, 128
 DEADLINE_S = 180.0
+HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+}
 
 
 class Live:
@@ -84,15 +89,18 @@ class Live:
 
 
 @contextmanager
-def private_ray() -> Iterator[None]:
-    """A Ray of this process alone."""
+def private_ray(variables: Mapping[str, str] | None = None) -> Iterator[None]:
+    """A Ray of this process alone, whose processes have these variables too."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    os.environ |= variables or {}
     ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     try:
         yield
     finally:
         serve.shutdown()
         ray.shutdown()
+        for name in variables or ():
+            del os.environ[name]
 
 
 def measure(live: Live, rounds: int, quick: bool) -> list[Measure]:
@@ -110,7 +118,11 @@ def measure(live: Live, rounds: int, quick: bool) -> list[Measure]:
             for router, found in ((AdapterRouter, ours), (PowerOfTwoChoicesRequestRouter, theirs)):
                 with live.served(REPLICAS, router) as url:
                     found.append(asyncio.run(zipf(url, live, traffic, seed=index)))
+    with private_ray(HAPROXY), live.served(1) as url:
+        by_haproxy = [asyncio.run(http_latencies(url, live.names[1], few)) for _ in range(rounds)]
     return [
+        Measure("haproxy_p50_ms", "ms", [median(each) for each in by_haproxy], [median(each) for each in over_http]),
+        Measure("haproxy_p99_ms", "ms", [_p99(each) for each in by_haproxy], [_p99(each) for each in over_http]),
         Measure("ingress_p50_ms", "ms", [median(each) for each in over_http], [median(each) for each in alone]),
         Measure("ingress_p99_ms", "ms", [_p99(each) for each in over_http], [_p99(each) for each in alone]),
         Measure("alias_live_s", "s", [release for release, _ in moves], [back for _, back in moves]),

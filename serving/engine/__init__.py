@@ -16,10 +16,13 @@
     sampling    logits → token        text    tokens → text that may be shown
     grammar     which tokens may follow in an answer that must be JSON, or match a pattern
 
-    vllm            the second engine: vLLM in a process of its own, watched and restarted
-    vllm_answer     its tokens → our events, by the native engine's rules
-    vllm_api        its HTTP API in our terms
+    vllm            the second engine: vLLM in a process of its own
+    vllm_life       it is started, watched and restarted
     vllm_server     one run of it: start, health, requests, end
+    vllm_facts      what its model can answer        vllm_api   its HTTP API in our terms
+    vllm_answer     its tokens → our events, by the native engine's rules
+    vllm_grammar    grammars, made by it and judged by us
+    vllm_adapters   what it serves, before and after a restart
     vllm_zero       an adapter that changes nothing, for the base on a CPU
     vllm_command    its command line and what it sees of our environment
     guard           runs it, and ends all of it when we end

@@ -119,16 +119,24 @@ def _source(grammar: Grammar) -> str:
     """The grammar in llguidance's own form. Raises ValueError."""
     match grammar.kind:
         case "json_schema":
-            # Not to be changed by the schema's own `x-guidance`: what is not understood must stay an error.
-            return LLMatcher.grammar_from_json_schema(
-                grammar.text, overrides={"lenient": False, "coerce_one_of": False, "whitespace_pattern": _WHITESPACE}
-            )
+            return LLMatcher.grammar_from_json_schema(strict_schema(grammar.text, whitespace_pattern=_WHITESPACE))
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
         case "choice":
-            return LLMatcher.grammar_from_regex("|".join(map(re.escape, json.loads(grammar.text))))
+            return LLMatcher.grammar_from_regex(choice_pattern(grammar.text))
         case "lark":
             return LLMatcher.grammar_from_lark(grammar.text)
+
+
+def strict_schema(schema: str, **whitespace: object) -> str:
+    """A JSON schema that says how llguidance shall take it; `whitespace` is in its terms. The schema's own `x-guidance`
+    is dropped: what is not understood must stay an error, and what is written must be JSON."""
+    return json.dumps({**json.loads(schema), "x-guidance": {"lenient": False, "coerce_one_of": False, **whitespace}})
+
+
+def choice_pattern(choices: str) -> str:
+    """The regular expression of a JSON list of strings."""
+    return "|".join(map(re.escape, json.loads(choices)))
 
 
 def _refused(grammar: Grammar, why: str) -> InvalidRequest:

@@ -1,52 +1,23 @@
 """From vLLM's tokens to our events: an answer's text, its end and its candidates are made here, as the native engine's.
 
-The tokens that end an answer, stop strings, whole characters and the texts of candidates thereby follow one rule.
+The tokens that end an answer, stop strings, whole characters, the ends of grammars and the texts of candidates thereby
+follow one rule.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-from cluster.errors import ModelError
-from serving.engine.protocol import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from serving.engine.grammar import Matcher
+from serving.engine.protocol import FinishReason, GenerationRequest, TokenEvent
 from serving.engine.text import TextStream
 from serving.engine.vllm_api import Candidate, Chunk, Token
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What must be known of a model to check requests and to make text."""
-
-    tokenizer: Any
-    vocabulary: int
-    max_context: int  # the model's own
-    eos_ids: frozenset[int]
-
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of tokens, special ones left out."""
-        return self._text(list(token_ids), skip_special_tokens=True)
-
-    def named(self, candidate: Candidate) -> TokenLogprob:
-        """A candidate with its text as it is, special or not."""
-        text = self._text([candidate.token_id], skip_special_tokens=False)
-        return TokenLogprob(candidate.token_id, text, candidate.logprob)
-
-    def _text(self, token_ids: list[int], skip_special_tokens: bool) -> str:
-        text = self.tokenizer.decode(
-            token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str)
-        return text
+from serving.engine.vllm_facts import ModelFacts
 
 
 class Answer:
     """The answer to one request under way."""
 
-    def __init__(self, request: GenerationRequest, facts: ModelFacts) -> None:
+    def __init__(self, request: GenerationRequest, facts: ModelFacts, matcher: Matcher | None = None) -> None:
+        """`matcher` is the answer's place in its grammar, at the beginning, when it has one."""
         self._facts = facts
+        self._matcher = matcher
         self._params = request.params
         self._text = TextStream(facts.decode, request.params.stop)
         self._num_tokens = 0
@@ -71,12 +42,18 @@ class Answer:
         """`told` is why vLLM ended with this token, if it did."""
         reason: FinishReason | None = None
         self._num_tokens += 1
+        if self._matcher is not None:
+            self._matcher.advance(token.token_id)
+            if self._matcher.error is not None:
+                return self.end("error", f"the answer left its grammar: {self._matcher.error}")
         if token.token_id in self._facts.eos_ids and not self._params.ignore_eos:
             text, reason = self._text.flush(), "stop"
         else:
             text = self._text.push(token.token_id, may_stop=self._num_tokens > self._params.min_tokens)
             if self._text.is_stopped:
                 reason = "stop"
+            elif self._matcher is not None and self._matcher.is_complete:
+                text, reason = text + self._text.flush(), "stop"
             elif told == "length":
                 text, reason = text + self._text.flush(), "length"
         if token.logprob is None:
@@ -84,21 +61,3 @@ class Answer:
         chosen = self._facts.named(Candidate(token.token_id, token.logprob))
         top = tuple(self._facts.named(each) for each in token.top)
         return TokenEvent(token.token_id, text, chosen, top, reason)
-
-
-def read_facts(folder: Path) -> ModelFacts:
-    """What a model's folder says. Raises ModelError."""
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder} cannot be read as a causal language model: {error}") from error
-    try:
-        eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-    except OSError:  # without the file, transformers takes what the model's config says
-        eos = GenerationConfig.from_model_config(config).eos_token_id
-    eos_ids = {eos} if isinstance(eos, int) else set(eos or ())
-    if tokenizer.eos_token_id is not None:
-        eos_ids.add(tokenizer.eos_token_id)
-    text = config.get_text_config()
-    return ModelFacts(tokenizer, int(text.vocab_size), int(text.max_position_embeddings), frozenset(eos_ids))

@@ -44,8 +44,11 @@ class Chunk:
     error: str | None = None
 
 
-def completion_body(request: GenerationRequest, eos_ids: Iterable[int], base: str = BASE_NAME) -> Json:
-    """What to POST for a request; `eos_ids` end the answer, `base` is asked when no adapter is."""
+def completion_body(
+    request: GenerationRequest, eos_ids: Iterable[int], base: str = BASE_NAME, structured_outputs: Json | None = None
+) -> Json:
+    """What to POST for a request; `eos_ids` end the answer, `base` is asked when no adapter is. `structured_outputs` is
+    the request's grammar as vLLM takes it (vllm_grammar.py), whose end no `ignore_eos` overrules."""
     params = request.params
     return {
         "model": request.adapter or base,
@@ -66,7 +69,8 @@ def completion_body(request: GenerationRequest, eos_ids: Iterable[int], base: st
         "seed": None if params.seed is None else params.seed % 2**63,
         "logprobs": params.logprobs,
         "ignore_eos": True,
-        "stop_token_ids": [] if params.ignore_eos else sorted(eos_ids),
+        "stop_token_ids": [] if params.ignore_eos and structured_outputs is None else sorted(eos_ids),
+        "structured_outputs": structured_outputs,
     }
 
 

@@ -65,6 +65,7 @@ def command(folder: Path, options: VllmOptions, socket: Path) -> list[str]:
         "generation-config": "vllm",  # no defaults of the model's: each request says all
         "logprobs-mode": "raw_logprobs",
         "max-logprobs": MAX_LOGPROBS,
+        "structured-outputs-config.backend": "guidance",  # the library of the native engine's grammars
         "seed": int.from_bytes(os.urandom(3)),  # of requests without a seed; the default would repeat them
     }
     if options.max_context is not None:

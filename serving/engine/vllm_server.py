@@ -23,9 +23,10 @@ from pathlib import Path
 
 import aiohttp
 
-from cluster.errors import AdapterRefused, ModelError
+from cluster.errors import AdapterRefused, ModelError, RequestError
 from serving.engine import guard
-from serving.engine.vllm_api import Chunk, Json, error_message, read_chunk
+from serving.engine.protocol import GenerationRequest, SamplingParams
+from serving.engine.vllm_api import Chunk, Json, completion_body, error_message, read_chunk
 from serving.engine.vllm_command import VllmOptions, command, environment
 
 _START_POLL_S = 0.25
@@ -35,6 +36,8 @@ _MAX_SILENT_CHECKS = 3
 _STOP_GRACE_S = 10.0
 _TAIL_LINES = 400  # an error, its tracebacks in three processes, and their shutting down
 _QUOTED_LINES = 8
+# The first sampled request, and the first with an adapter, compile for up to tens of seconds.
+_WARM_UPS = (SamplingParams(max_tokens=2, temperature=0), SamplingParams(max_tokens=2, top_p=0.9, top_k=5, logprobs=1))
 _ERROR = re.compile(r"\b\w+(Error|Exception): .*")
 
 
@@ -43,7 +46,7 @@ class VllmServer:
 
     def __init__(self, folder: Path, options: VllmOptions, private: Path) -> None:
         """`private` is a folder that only we can enter; guard.py removes it should we die. Nothing runs yet."""
-        self._private = private
+        self.private = private
         self._temporary = Path(tempfile.mkdtemp(dir=private))
         self.socket = self._temporary / "api"
         self._command = command(folder, options, self.socket)
@@ -60,7 +63,7 @@ class VllmServer:
             sys.executable,
             "-I",
             guard.__file__,
-            str(self._private),
+            str(self.private),
             *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
@@ -133,6 +136,21 @@ class VllmServer:
                     if event and event != b"[DONE]":
                         yield read_chunk(json.loads(event), body["logprobs"])
 
+    async def refusal(self, body: Json) -> str | None:
+        """Why it does not answer a request; None when it has. Raises aiohttp.ClientError."""
+        # Not as a stream: refusing those puts three tracebacks into its log.
+        async with self._open_session.post("/v1/completions", json={**body, "stream": False}) as response:
+            return None if response.status == HTTPStatus.OK else await _reason(response)
+
+    async def warm_up(self, model: str) -> None:
+        """A greedy and a sampled answer by a model. Raises RequestError with vLLM's reason, aiohttp.ClientError."""
+        for params in _WARM_UPS:
+            body = completion_body(GenerationRequest("warm-up", [0], model, params), ())
+            async with contextlib.aclosing(self.complete(body)) as chunks:
+                async for chunk in chunks:
+                    if chunk.error is not None:
+                        raise RequestError(chunk.error)
+
     async def load(self, name: str, folder: Path) -> None:
         """Serve the adapter of a folder under a name. Raises AdapterRefused with vLLM's reason, aiohttp.ClientError."""
         body = {"lora_name": name, "lora_path": str(folder)}
@@ -148,6 +166,8 @@ class VllmServer:
     @property
     def _open_session(self) -> aiohttp.ClientSession:
         assert self._session is not None, "it was not started"
+        if self._session.closed:
+            raise aiohttp.ClientConnectionError("it was stopped")
         return self._session
 
     async def _is_healthy(self) -> bool:

@@ -2,13 +2,14 @@
 
 import socket
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import openai
 
-from cluster import registry
+from cluster import models, registry
 from cluster.folder import FolderStore
 from cluster.models import ModelConfig
 from cluster.records import BaseModelRef
@@ -56,6 +57,21 @@ class Served:
 
     def replicas(self) -> list[ReplicaStatus]:
         return deploy.status(APPLICATION)[1]
+
+
+@contextmanager
+def deployed(model: TinyModel, folder: Path, num_replicas: int = 1) -> Iterator[Served]:
+    """The application on the Ray that runs here, with eight adapters in a store in `folder`, each under `stable`."""
+    store = FolderStore(folder / "store")
+    model_config = ModelConfig(name=BASE, source=str(model.folder), licence="apache-2.0", dtype="fp32")
+    base = models.pin(model_config, store)
+    recipes = {name: LoraRecipe(100 + number, r=2 + number % 3) for number, name in enumerate(NAMES)}
+    with ExitStack() as opened:
+        unserved = Served("", store, base, model, recipes, opened)
+        for name, recipe in recipes.items():
+            registry.set_alias(store, name, "stable", unserved.publish(name, recipe), why="test")
+        config = serving_config(model_config, store.url, free_port(), num_replicas)
+        yield replace(unserved, url=deploy.deploy(config, DEADLINE_S * 3, lambda line: None))
 
 
 def poll(condition: Callable[[], bool], what: str) -> None:

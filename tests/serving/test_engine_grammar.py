@@ -55,6 +55,8 @@ SCHEMAS: tuple[dict[str, Any], ...] = (
     },
     {"type": "object", "patternProperties": {"^x_[a-z]$": {"type": "null"}}, "additionalProperties": False},
     {},
+    # llguidance's own keyword, which would change what is written:
+    {"type": "array", "items": {"type": "null"}, "minItems": 2, "maxItems": 3, "x-guidance": {"item_separator": ";"}},
 )
 
 

@@ -102,7 +102,7 @@ async def check_answers(engine: Engine, model: TinyModel, count: int) -> list[li
 
 def counted(engine: VllmEngine, name: str) -> float:
     """One of vLLM's own metrics."""
-    with httpx.Client(transport=httpx.HTTPTransport(uds=str(engine._server.socket))) as client:
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(engine._life.server.socket))) as client:
         lines = client.get("http://vllm/metrics").text.splitlines()
     values = [float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)]
     assert values, f"{name} is not among vLLM's metrics"

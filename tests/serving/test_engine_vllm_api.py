@@ -14,13 +14,16 @@ from hypothesis import strategies as st
 from peft import PeftModel
 
 from cluster.config import load
-from cluster.errors import ConfigError, ModelError
+from cluster.errors import ConfigError, InvalidRequest, ModelError
 from serving.config import EngineConfig, ServingConfig, VllmConfig
 from serving.engine.adapter import read_adapter
-from serving.engine.protocol import GenerationRequest, SamplingParams, TokenEvent
-from serving.engine.vllm_answer import Answer, ModelFacts, read_facts
-from serving.engine.vllm_api import Chunk, Json, completion_body, read_chunk
+from serving.engine.grammar import Grammars
+from serving.engine.protocol import GenerationRequest, Grammar, SamplingParams, TokenEvent
+from serving.engine.vllm_answer import Answer
+from serving.engine.vllm_api import Chunk, Json, Token, completion_body, read_chunk
 from serving.engine.vllm_command import VllmOptions, command, environment, find_python
+from serving.engine.vllm_facts import ModelFacts, read_facts
+from serving.engine.vllm_grammar import structured_outputs
 from serving.engine.vllm_zero import write_zero_adapter
 from tests.serving.conftest import make_tokenizer
 
@@ -231,3 +234,65 @@ def test_min_tokens_and_ignore_eos_hold_here_as_with_the_native_engine() -> None
     )
     assert [event.token_id for event in events] == [e, EOS, e]
     assert events[-1].finish_reason == "stop"
+
+
+NUMBER = Grammar("regex", "[0-9]{3}")
+OPEN = Grammar("regex", "[0-9]{2}[0-9]*")
+
+
+def ids(text: str) -> list[int]:
+    return list(make_tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("grammar", "tokens", "taken", "end"),
+    [
+        (NUMBER, [*ids("123"), *ids("4")], "123", "stop"),  # nothing may follow: what vLLM chose is dropped
+        (NUMBER, ids("12x"), "12", "error"),
+        (NUMBER, [*ids("12"), EOS], "12", "error"),  # what vLLM does where it has come to a dead end
+        (OPEN, [*ids("1234"), EOS], "1234", "stop"),
+        (OPEN, [*ids("1"), EOS], "1", "error"),
+        (OPEN, ids("1234"), "1234", None),
+    ],
+)
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_an_answer_ends_with_its_grammar_and_is_an_error_when_it_leaves_it(
+    grammar: Grammar, tokens: list[int], taken: str, end: str | None, ignore_eos: bool
+) -> None:
+    params = SamplingParams(grammar=grammar, min_tokens=9, ignore_eos=ignore_eos)
+    matcher = Grammars(FACTS.tokenizer, FACTS.vocabulary, FACTS.eos_ids).matcher(grammar)
+    taker = Answer(GenerationRequest("a", [5], None, params), FACTS, matcher)
+    events = taker.take(Chunk(tuple(map(Token, tokens))))
+    assert "".join(event.text for event in events) == taken
+    assert events[-1].finish_reason == end
+    assert end != "error" or "left its grammar" in str(events[-1].error)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "wanted"),
+    [
+        (Grammar("regex", "a|b"), {"regex": "a|b"}),
+        (Grammar("choice", '["a.b", "c"]'), {"regex": r"a\.b|c"}),
+        (Grammar("lark", '?start: "::="'), {"grammar": '%llguidance {}\n?start: "::="'}),
+    ],
+)
+def test_a_grammar_goes_to_vllm_as_the_native_engine_takes_it(grammar: Grammar, wanted: Json) -> None:
+    assert structured_outputs(grammar) == wanted
+    request = GenerationRequest("a", [5], None, SamplingParams(grammar=grammar, ignore_eos=True))
+    body = completion_body(request, {EOS}, structured_outputs=wanted)
+    assert (body["structured_outputs"], body["stop_token_ids"]) == (wanted, [EOS]), "its end is the end"
+
+
+def test_a_schema_goes_to_vllm_with_little_whitespace_and_nothing_lenient() -> None:
+    schema = {"type": "array", "uniqueItems": True, "x-guidance": {"lenient": True, "item_separator": ";"}}
+    told = json.loads(structured_outputs(Grammar("json_schema", json.dumps(schema)))["json"])
+    assert (told["type"], told["uniqueItems"]) == ("array", True)
+    assert told["x-guidance"]["lenient"] is False
+    assert told["x-guidance"]["item_separator"] == ", ?"
+
+
+def test_log_probabilities_of_an_answer_with_a_grammar_are_refused() -> None:
+    params = SamplingParams(grammar=Grammar("regex", "a", "response_format"), logprobs=0)
+    with pytest.raises(InvalidRequest, match="logprobs together with response_format need the native engine") as caught:
+        FACTS.check(GenerationRequest("a", [5], None, params))
+    assert caught.value.param == "logprobs"

@@ -6,8 +6,6 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -15,8 +13,7 @@ import jsonschema
 import openai
 import pytest
 
-from cluster import models, registry
-from cluster.folder import FolderStore
+from cluster import registry
 from cluster.models import ModelConfig
 from cluster.records import BaseModelRef
 from serving import deploy
@@ -24,26 +21,16 @@ from serving.calls import ReplicaStatus
 from serving.config import ReplicaConfig
 from serving.protocol import choice_seed
 from tests.serving.conftest import NEAR_TIE, LoraRecipe, TinyModel, make_tokenizer
-from tests.serving.endpoint import APPLICATION, BASE, DEADLINE_S, NAMES, Served, free_port, poll, serving_config
+from tests.serving.endpoint import APPLICATION, BASE, DEADLINE_S, NAMES, Served, deployed, poll, serving_config
 
 
 @pytest.fixture(scope="module")
 def served(
     local_ray: None, tiny: Callable[[str], TinyModel], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
-    """The application: one replica, and eight adapters, each under `stable`."""
-    model = tiny("qwen3")
-    store = FolderStore(tmp_path_factory.mktemp("serving") / "store")
-    model_config = ModelConfig(name=BASE, source=str(model.folder), licence="apache-2.0", dtype="fp32")
-    base = models.pin(model_config, store)
-    recipes = {name: LoraRecipe(100 + number, r=2 + number % 3) for number, name in enumerate(NAMES)}
-    opened = ExitStack()
-    unserved = Served("", store, base, model, recipes, opened)
-    for name, recipe in recipes.items():
-        registry.set_alias(store, name, "stable", unserved.publish(name, recipe), why="test")
-    config = serving_config(model_config, store.url, free_port())
-    with opened:
-        yield replace(unserved, url=deploy.deploy(config, DEADLINE_S * 3, lambda line: None))
+    """One replica."""
+    with deployed(tiny("qwen3"), tmp_path_factory.mktemp("serving")) as served:
+        yield served
 
 
 USER: list[Any] = [{"role": "user", "content": "Sort the numbers 3 1 2."}]
@@ -179,6 +166,12 @@ def test_a_text_of_megabytes_is_refused_without_tokenising_it(served: Served, pa
     error = refused.json()["error"]
     assert error["code"] == "context_length_exceeded"
     assert "characters are more than that in any tokens" in error["message"]
+
+
+def test_a_whole_answer_may_be_larger_than_a_message_of_grpc(served: Served) -> None:
+    given: dict[str, Any] = {"model": BASE, "prompt": "a", "max_tokens": 100, "n": 100, "logprobs": 20}
+    answer = served.client().completions.create(**given, extra_body={"ignore_eos": True})
+    assert [len((choice.logprobs and choice.logprobs.tokens) or []) for choice in answer.choices] == [100] * 100
 
 
 def test_a_token_that_the_model_has_not_is_a_400(served: Served) -> None:

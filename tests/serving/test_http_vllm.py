@@ -1,10 +1,12 @@
 """The whole serving side over real HTTP with `engine: vllm`: a client gets what the native engine would give it."""
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 from ray import serve
@@ -44,6 +46,11 @@ def unserved(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield made
 
 
+@pytest.fixture(scope="module")
+def served(unserved: Served) -> Served:
+    return deployed(unserved, VllmConfig(python=str(PYTHON), kv_bytes=2**26, max_adapters=2, max_rank=8))
+
+
 def deployed(unserved: Served, engine: VllmConfig) -> Served:
     model = ModelConfig(name=BASE, source=str(unserved.model.folder), licence="apache-2.0", dtype="fp32")
     config = serving_config(model, unserved.store.url, free_port()).model_copy(update={"engine": engine})
@@ -65,8 +72,7 @@ def test_a_node_without_the_environment_is_told_before_anything_is_served(unserv
     serve.shutdown()
 
 
-def test_the_base_and_its_adapters_answer_over_http(unserved: Served) -> None:
-    served = deployed(unserved, VllmConfig(python=str(PYTHON), kv_bytes=2**26, max_adapters=2, max_rank=8))
+def test_the_base_and_its_adapters_answer_over_http(served: Served) -> None:
     client = served.client()
     generated = 0
     for name, recipe in (("base", None), *served.recipes.items()):
@@ -87,3 +93,42 @@ def test_the_base_and_its_adapters_answer_over_http(unserved: Served) -> None:
     assert replica.alive
     assert set(replica.adapters) == {"plain@1", "patterns@1"}
     assert replica.generated_tokens == generated
+
+
+def test_an_answer_is_held_to_its_schema_and_what_cannot_be_held_to_is_a_400(served: Served) -> None:
+    client = served.client()
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["colour", "count"],
+        "additionalProperties": False,
+    }
+
+    def ask(schema: dict[str, Any], **given: Any) -> Any:
+        form: Any = {"type": "json_schema", "json_schema": {"name": "order", "schema": schema}}
+        # 450 tokens hold the longest answer there is, all its whitespace included.
+        return client.chat.completions.create(
+            model="plain", messages=MESSAGES, max_tokens=450, seed=3, response_format=form, **given
+        )
+
+    answer = ask(schema, n=3, presence_penalty=0.5)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content), schema)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in ask(schema, presence_penalty=0.5, stream=True))
+    assert streamed == answer.choices[0].message.content
+    word = client.completions.create(
+        model=BASE, prompt="a", max_tokens=16, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}
+    )
+    assert word.choices[0].text in ("yes", "no")
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="uniqueItems") as caught:
+            ask({"type": "array", "uniqueItems": True}, stream=stream)
+        assert caught.value.param == "response_format"
+        by_vllm: Any = {"model": BASE, "prompt": "a", "extra_body": {"structured_outputs": {"regex": "a\0b"}}}
+        with pytest.raises(openai.BadRequestError, match=r"by vLLM: .*NUL") as caught:
+            client.completions.create(**by_vllm, stream=stream)
+        assert caught.value.param == "structured_outputs"
+        with pytest.raises(openai.BadRequestError, match="native engine") as caught:
+            ask(schema, logprobs=True, stream=stream)
+        assert caught.value.param == "logprobs"
