@@ -58,6 +58,9 @@ class EngineConfig(_EngineLimits):
 
     kind: Literal["native"] = "native"
     kv_tokens: PositiveInt = Field(16384, description="tokens that all running sequences hold together")
+    adapter_bytes: PositiveInt | None = Field(
+        None, description="memory that adapters take in the engine at most; not set: as much as max_adapters need"
+    )
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -1,4 +1,5 @@
-"""Which adapters are asked for, and how much: so that a new replica loads them before anybody asks it.
+"""Which adapters are asked for, and how much: the least wanted leaves the engine first, and a new replica loads the
+most wanted before anybody asks it.
 
     each replica counts ─▶ a new one asks them all ─▶ the most wanted, one after another, while it has places
 
@@ -20,6 +21,9 @@ HALF_LIFE_S = 300.0
 
 _FORGOTTEN = 0.01
 
+MAX_REMEMBERED = 4096
+"""Adapters that are counted; beyond, the less wanted half is forgotten."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -38,10 +42,17 @@ class Demand:
         self._clock = clock
         self._counted: dict[str, tuple[AdapterRecord, float, float]] = {}  # by digest: requests, as of when
 
-    def count(self, record: AdapterRecord) -> None:
-        """One more request."""
+    def count(self, record: AdapterRecord, requests: float = 1.0) -> None:
+        """One more request, or what others were asked for."""
         now = self._clock()
-        self._counted[record.digest] = record, 1.0 + self._requests(record.digest, now), now
+        self._counted[record.digest] = record, requests + self._requests(record.digest, now), now
+        if len(self._counted) > MAX_REMEMBERED:
+            kept = self.wanted()[: MAX_REMEMBERED // 2]
+            self._counted = {each.record.digest: (each.record, each.requests, now) for each in kept}
+
+    def requests(self, digest: str) -> float:
+        """How many there were for an adapter lately, loaded or not."""
+        return self._requests(digest, self._clock())
 
     def wanted(self) -> list[Wanted]:
         """The most wanted first; what was last asked for hours ago is forgotten."""
@@ -58,14 +69,15 @@ class Demand:
         return requests * float(2 ** ((at - now) / HALF_LIFE_S))
 
 
-def most_wanted(answers: Iterable[Sequence[Wanted]], base: BaseModelRef) -> list[AdapterRecord]:
+def most_wanted(answers: Iterable[Sequence[Wanted]], base: BaseModelRef) -> list[Wanted]:
     """What several replicas were asked for together, of this base, the most wanted first."""
     requests: defaultdict[str, float] = defaultdict(float)
     records: dict[str, AdapterRecord] = {}
     for each in (each for answer in answers for each in answer if each.record.base == base):
         requests[each.record.digest] += each.requests
         records[each.record.digest] = each.record
-    return [records[digest] for digest in sorted(requests, key=lambda digest: -requests[digest])]
+    found = [Wanted(records[digest], requests[digest]) for digest in requests]
+    return sorted(found, key=lambda each: -each.requests)
 
 
 async def warm(cache: AdapterCache, places: int, wanted: Sequence[AdapterRecord]) -> None:

@@ -31,11 +31,11 @@ from cluster.store import open_store
 from serving import affinity
 from serving.adapters import SPARE_SLOTS, AdapterCache
 from serving.autoscale import ReplicaLoad
-from serving.calls import Accepted, Call, ChoiceEvent, ReplicaStatus
+from serving.calls import Accepted, Call, ChoiceEvent, ReplicaStatus, mib
 from serving.config import EngineConfig, ServingConfig, VllmConfig
 from serving.demand import Demand, Wanted, most_wanted, warm
 from serving.downloads import Downloads
-from serving.engine.protocol import Engine, GenerationRequest, TokenStream
+from serving.engine.protocol import Engine, EngineStats, GenerationRequest, TokenStream
 from serving.engine.vllm_command import VllmOptions, find_python
 from serving.gauges import EngineGauges
 from serving.pins import keep_pinned
@@ -75,15 +75,19 @@ class Replica:
         self._engine = start_engine(folder, config)
         self._teardown.callback(self._engine.stop)
         downloads = Downloads(models.cache_folder() / "adapters", store, config.adapters.disk_max_bytes)
+        self._adapter_bytes = config.engine.adapter_bytes if isinstance(config.engine, EngineConfig) else None
+        self._demand = Demand()
         self._adapters = AdapterCache(
             self._engine,
             downloads,
             config.engine.max_adapters,
             self._advertise,
+            max_bytes=self._adapter_bytes,
+            wanted=self._demand.requests,
             retry_failed_s=config.adapters.retry_failed_s,
         )
         self._places = config.engine.max_adapters
-        self._demand = Demand()
+        _log.info("%s", memory_plan(self._engine.stats(), self._adapter_bytes))
         # Serve runs this in the loop that it runs requests in, and does not wait for what comes beside them.
         self._warming = asyncio.create_task(self._warm(), name="luthier-warm")
         if config.adapters.pinned:
@@ -114,8 +118,8 @@ class Replica:
             await loop.run_in_executor(self._encoder, self._engine.compile, call.params.grammar)
         async with AsyncExitStack() as stack:
             if call.adapter is not None:
-                await stack.enter_async_context(self._adapters.hold(call.adapter))
                 self._demand.count(call.adapter)
+                await stack.enter_async_context(self._adapters.hold(call.adapter))
             streams = []
             for request in requests:
                 stream = self._engine.submit(request)
@@ -161,6 +165,7 @@ class Replica:
 
     async def prefetch(self, record: AdapterRecord) -> None:
         """Load an adapter that requests are about to ask for. Raises as loading does."""
+        self._demand.count(record)
         await self._adapters.prefetch(record)
 
     async def demand(self) -> list[Wanted]:
@@ -174,7 +179,10 @@ class Replica:
         except (TimeoutError, RayError, RayServeException) as error:
             _log.info("no other replica says which adapters are wanted: %s", error)
             return
-        await warm(self._adapters, self._places, most_wanted(answers, self._base)[: self._places])
+        wanted = most_wanted(answers, self._base)[: self._places]
+        for each in wanted:  # its share of it will come here
+            self._demand.count(each.record, each.requests / (1 + len(answers)))
+        await warm(self._adapters, self._places, [each.record for each in wanted])
 
     async def ready(self) -> bool:
         """Answers when this replica serves."""
@@ -200,6 +208,10 @@ class Replica:
             waiting=stats.waiting,
             kv_blocks_used=stats.kv_blocks_used,
             kv_blocks_total=stats.kv_blocks_total,
+            weight_bytes=stats.weight_bytes,
+            kv_bytes=stats.kv_bytes,
+            adapter_bytes=stats.adapter_bytes,
+            adapter_bytes_budget=self._adapter_bytes,
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -230,11 +242,23 @@ class Replica:
 
     def _export(self) -> None:
         while not self._stopping.wait(_METRICS_INTERVAL_S):
-            self._gauges.export(self._engine.stats())
+            self._gauges.export(self._engine.stats(), self._adapter_bytes)
 
     def __del__(self) -> None:
         """Called by Serve once the last stream has ended."""
         self._teardown.close()
+
+
+def memory_plan(stats: EngineStats, adapter_bytes: int | None) -> str:
+    """What a replica's engine holds and will hold, for its log."""
+    if not stats.kv_bytes:
+        return "memory: the engine sets it aside in its own process"
+    adapters = "adapters what engine.max_adapters of them take"
+    total = ""
+    if adapter_bytes is not None:
+        adapters = f"adapters at most {mib(adapter_bytes)}, and one more while it is read"
+        total = f"; {mib(stats.weight_bytes + stats.kv_bytes + adapter_bytes)} in all, beside what a step computes with"
+    return f"memory: weights {mib(stats.weight_bytes)}, keys and values {mib(stats.kv_bytes)}, {adapters}{total}"
 
 
 def start_engine(folder: Path, config: ServingConfig) -> Engine:
@@ -272,6 +296,7 @@ def _native(folder: Path, config: ServingConfig, engine: EngineConfig) -> Engine
             max_waiting=engine.max_waiting,
             max_adapters=engine.max_adapters + SPARE_SLOTS,
             max_rank=engine.max_rank,
+            adapter_bytes=engine.adapter_bytes,
             prefix_cache=engine.prefix_cache,
             num_threads=engine.threads,
         ),

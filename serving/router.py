@@ -35,7 +35,8 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
             pending_request.routing_context.should_backoff = True
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         candidates = [self._candidate(replica) for replica in candidate_replicas]
-        return [[by_id[each]] for each in rank(candidates, adapter)]
+        under_way = sum(each == adapter for given in self._given.values() for _, each in given.values())
+        return [[by_id[each]] for each in rank(candidates, adapter, under_way)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:  # noqa: ARG002
         """Count a call, or the adapter of a prefetch."""

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,11 @@ class LoraPair:
     a: torch.Tensor
     b: torch.Tensor
 
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(each.nbytes for each in vars(self).values() if isinstance(each, torch.Tensor))
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -75,6 +81,11 @@ class Adapter:
     def rank(self) -> int:
         """The highest of its modules."""
         return max(len(pair.a) for pair in self.pairs.values())
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(pair.num_bytes for pair in self.pairs.values())
 
 
 @dataclass(frozen=True)

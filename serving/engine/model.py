@@ -54,6 +54,7 @@ class PackedModel:
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
         self._model.to(device).eval().requires_grad_(False)
+        self.weight_bytes = sum(each.nbytes for each in (*self._model.parameters(), *self._model.buffers()))
         self.device = torch.device(device)
         self.facts = self._read_facts(folder)
         self.table = table

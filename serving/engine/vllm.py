@@ -26,7 +26,7 @@ from typing import Any
 import aiohttp
 
 from cluster.errors import AdapterRefused, InvalidRequest, ModelError, Overloaded, RequestError, UnknownModel
-from serving.engine.protocol import EngineStats, GenerationRequest, Grammar, SamplingParams, TokenEvent
+from serving.engine.protocol import EngineStats, GenerationRequest, Grammar, MakeRoom, SamplingParams, TokenEvent
 from serving.engine.streams import EventStream, settle
 from serving.engine.vllm_answer import Answer, ModelFacts, read_facts
 from serving.engine.vllm_api import BASE_NAME, completion_body
@@ -124,8 +124,9 @@ class VllmEngine:
             if request_id in self._live:  # and so the loop runs
                 self._loop.call_soon_threadsafe(self._cancel, self._live[request_id])
 
-    async def load_adapter(self, digest: str, folder: Path) -> None:
-        """Have vLLM serve an adapter under its digest; the first one after a start warms that path up, too."""
+    async def load_adapter(self, digest: str, folder: Path, make_room: MakeRoom | None = None) -> None:  # noqa: ARG002
+        """Have vLLM serve an adapter under its digest; the first one after a start warms that path up, too. Its memory
+        for adapters is set aside at the start."""
         with self._lock:
             self._check_serves()
         await self._in_loop(lambda: self._load(digest, folder))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.records import AdapterRecord, BaseModelRef
-from serving.demand import HALF_LIFE_S, Demand, Wanted, most_wanted, warm
+from serving.demand import HALF_LIFE_S, MAX_REMEMBERED, Demand, Wanted, most_wanted, warm
 from tests.serving.test_adapters import BASE, Bench
 
 OTHER_BASE = BaseModelRef(name="base", revision="r2", licence="apache-2.0")
@@ -44,7 +44,20 @@ def test_the_last_minutes_count_and_the_morning_is_forgotten() -> None:
 def test_answers_of_all_replicas_are_added_and_another_bases_adapters_are_left_out() -> None:
     first = [Wanted(record("a"), 5.0), Wanted(record("b"), 3.0)]
     second = [Wanted(record("old", OTHER_BASE), 99.0), Wanted(record("b"), 3.0), Wanted(record("c"), 1.0)]
-    assert [each.name for each in most_wanted([first, second, []], BASE)] == ["b", "a", "c"]
+    assert [(each.record.name, each.requests) for each in most_wanted([first, second, []], BASE)] == [
+        ("b", 6.0),
+        ("a", 5.0),
+        ("c", 1.0),
+    ]
+
+
+def test_of_too_many_the_most_wanted_are_remembered() -> None:
+    demand = Demand(clock=lambda: 0.0)
+    for number in range(3 * MAX_REMEMBERED):
+        demand.count(record("wanted"))
+        demand.count(record(f"tail{number}"))
+    assert len(demand.wanted()) <= MAX_REMEMBERED
+    assert demand.requests(record("wanted").digest) == 3 * MAX_REMEMBERED
 
 
 def test_free_places_are_filled_by_the_most_wanted_and_nothing_is_evicted_for_them(tmp_path: Path) -> None:
