@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -118,12 +119,13 @@ class NativeEngine:
         with self._wake:
             core = self._serving_core()
         adapter = await asyncio.to_thread(read_adapter, digest, folder, core.target)
-        try:
-            if make_room is not None:
+        if make_room is not None:
+            try:
                 await make_room(core.size_of(adapter))
-            await self._between_steps(lambda core: core.load(adapter))
-        finally:
-            del adapter  # or the traceback of a failure keeps it for as long as anybody keeps that
+            except BaseException:
+                del adapter  # or the traceback keeps it for as long as anybody keeps that
+                raise
+        await self._between_steps(partial(EngineCore.load, adapter=adapter))
 
     async def unload_adapter(self, digest: str) -> None:
         """Refuse new requests, wait for the running ones, free."""
