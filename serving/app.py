@@ -10,6 +10,7 @@ from ray.serve.request_router import RequestRouter
 from cluster.records import BaseModelRef
 from serving.autoscale import Settings, TokenPolicy
 from serving.config import ServingConfig
+from serving.demand import Demand
 from serving.ingress import Ingress
 from serving.replica import Replica
 from serving.router import AdapterRouter
@@ -32,8 +33,14 @@ _LOOK_BACK_S = 3.0
 """Over which Serve averages the requests in front of the replicas. The policy takes the newest of all else."""
 
 
-def build(config: ServingConfig, base: BaseModelRef, router: type[RequestRouter] = AdapterRouter) -> Application:
-    """Bind the deployments. `base` is the pinned model that both sides speak of; `router` sends calls to replicas."""
+def build(
+    config: ServingConfig,
+    base: BaseModelRef,
+    router: type[RequestRouter] = AdapterRouter,
+    demand: type[Demand] = Demand,
+) -> Application:
+    """Bind the deployments. `base` is the pinned model that both sides speak of; `router` sends calls to replicas, and
+    `demand` says which adapters they keep."""
     replicas = config.replicas
     replica = serve.deployment(
         Replica,
@@ -56,7 +63,7 @@ def build(config: ServingConfig, base: BaseModelRef, router: type[RequestRouter]
         graceful_shutdown_timeout_s=replicas.drain_timeout_s,
         ray_actor_options={"num_cpus": config.http.cpus},
     )
-    return ingress.bind(config, base, replica.bind(config, base))
+    return ingress.bind(config, base, replica.bind(config, base, demand))
 
 
 def _autoscaling(config: ServingConfig) -> AutoscalingConfig:

@@ -56,7 +56,7 @@ _log = logging.getLogger(__name__)
 class Replica:
     """Answers Calls. Made by Serve, one to a process."""
 
-    def __init__(self, config: ServingConfig, base: BaseModelRef) -> None:
+    def __init__(self, config: ServingConfig, base: BaseModelRef, demand: type[Demand] = Demand) -> None:
         """Fetch the model and start the engine; blocks. Raises ModelError, StoreError."""
         # Here, not above: these import torch, and the deploying side imports this module for its class alone.
         from serving.prompts import Prompts
@@ -76,7 +76,7 @@ class Replica:
         self._teardown.callback(self._engine.stop)
         downloads = Downloads(models.cache_folder() / "adapters", store, config.adapters.disk_max_bytes)
         self._adapter_bytes = config.engine.adapter_bytes if isinstance(config.engine, EngineConfig) else None
-        self._demand = Demand()
+        self._demand = demand()
         self._adapters = AdapterCache(
             self._engine,
             downloads,

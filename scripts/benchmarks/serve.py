@@ -22,8 +22,10 @@ And with Ray Serve around the engine (serve_live.py), a tiny model, in milliseco
     alias_live_s         from a moved alias to the last request that the old version answers, under 50 requests/s; and
                          (as the peer) from the way back
     zipf_…               four replicas of 16 places, 64 requests at once of 64 + 128 tokens, one adapter with half of
-                         them and 99 by Zipf's law: tokens of the busiest replica over the mean, and adapters loaded,
-                         against Serve's own router
+                         them and 99 by Zipf's law, 800 requests on empty replicas and 800 more: tokens of the busiest
+                         replica over the mean, a request's time, and adapters loaded by either half, against Serve's
+                         own router with the least recently used leaving; and all loads against Serve's router over
+                         our cache. The notes (--json) have what a cache that knows the future would have loaded
 
 vLLM runs in .venv-vllm, which scripts/setup-vllm makes; without that, and with --quick, whose heads are too narrow for
 it, it is left out. It is compiled and warmed up. Prefix caches are off, since rounds repeat their prompts.
