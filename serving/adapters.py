@@ -16,6 +16,7 @@ bytes one adapter at a time is read, so that beside the budget there is at most 
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, closing
@@ -26,10 +27,16 @@ from cluster.errors import AdapterRefused, LuthierError, ObjectDamaged, ObjectNo
 from cluster.records import AdapterRecord
 from serving.downloads import Downloads
 from serving.engine.protocol import Engine
+from serving.popularity import Popularity
 
 SPARE_SLOTS = 1
 """What the engine must hold beyond `max_adapters`."""
 
+
+HALF_LIFE = 8.0
+"""Requests for each place, after which one counts half. Simulated, four times 16 places: a seventh fewer loads than
+"least recently used" has while the same adapters stay popular, and about as many when all popularity is dealt out anew
+every 3,000 requests. With a half-life of 300 s, a sixth fewer and a sixth more."""
 
 _ITS_OWN_FAULT = (AdapterRefused, ObjectDamaged, ObjectNotFound)
 """What trying again soon would only meet again, at the price of a download."""
@@ -62,7 +69,7 @@ class AdapterCache:
         on_change: Callable[[], None] = lambda: None,
         *,
         max_bytes: int | None = None,
-        wanted: Callable[[str], float] = lambda _: 0.0,
+        half_life: float = HALF_LIFE,
         retry_failed_s: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,13 +78,15 @@ class AdapterCache:
         Args:
             on_change: called whenever the set of loaded adapters has changed.
             max_bytes: what all adapters may take in the engine together; None: no limit but their number.
-            wanted: how much a digest is asked for. Of what is asked for equally little, the least recently used goes.
+            half_life: after how many requests for each place one of them counts half in what is wanted.
         """
         self._engine = engine
         self._downloads = downloads
         self._max_adapters = max_adapters
         self._max_bytes = max_bytes
-        self._wanted = wanted
+        self._half_life = half_life * max_adapters
+        self._popularity = Popularity(self._half_life, lambda: self._asked)
+        self._asked = 0  # requests for any adapter
         self._on_change = on_change
         self._retry_failed_s = retry_failed_s
         self._time = clock
@@ -107,6 +116,10 @@ class AdapterCache:
         self._pinned = frozenset(record.digest for record in records)
         self._tell()
 
+    def expect(self, record: AdapterRecord, share: float) -> None:
+        """Take an adapter for one that has had this share of all requests for long."""
+        self._popularity.count(record.digest, share * self._half_life / math.log(2))
+
     @property
     def used_bytes(self) -> int:
         """What is taken of the budget."""
@@ -118,6 +131,8 @@ class AdapterCache:
 
         Waits while all places are in use. Raises what the load raised: StoreError, AdapterRefused, Overloaded.
         """
+        self._asked += 1
+        self._popularity.count(record.digest)
         entry = await self._join(record)
         try:
             await asyncio.shield(entry.loading)  # one caller who leaves must not end the load for the others
@@ -235,7 +250,7 @@ class AdapterCache:
             self._stay(next_to_go)
 
     def _worth(self, entry: _Entry) -> tuple[float, int]:
-        return self._wanted(entry.record.digest), entry.last_used
+        return self._popularity.of(entry.record.digest), entry.last_used
 
     def _is_pinned(self, entry: _Entry) -> bool:
         return entry.record.digest in self._pinned

@@ -8,9 +8,9 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.request_router import RequestRouter
 
 from cluster.records import BaseModelRef
+from serving.adapters import HALF_LIFE
 from serving.autoscale import Settings, TokenPolicy
 from serving.config import ServingConfig
-from serving.demand import Demand
 from serving.ingress import Ingress
 from serving.replica import Replica
 from serving.router import AdapterRouter
@@ -37,10 +37,10 @@ def build(
     config: ServingConfig,
     base: BaseModelRef,
     router: type[RequestRouter] = AdapterRouter,
-    demand: type[Demand] = Demand,
+    half_life: float = HALF_LIFE,
 ) -> Application:
     """Bind the deployments. `base` is the pinned model that both sides speak of; `router` sends calls to replicas, and
-    `demand` says which adapters they keep."""
+    `half_life` says how long those remember what was asked for when they evict adapters (adapters.py)."""
     replicas = config.replicas
     replica = serve.deployment(
         Replica,
@@ -63,7 +63,7 @@ def build(
         graceful_shutdown_timeout_s=replicas.drain_timeout_s,
         ray_actor_options={"num_cpus": config.http.cpus},
     )
-    return ingress.bind(config, base, replica.bind(config, base, demand))
+    return ingress.bind(config, base, replica.bind(config, base, half_life))
 
 
 def _autoscaling(config: ServingConfig) -> AutoscalingConfig:

@@ -1,5 +1,4 @@
-"""Which adapters are asked for, and how much: the least wanted leaves the engine first, and a new replica loads the
-most wanted before anybody asks it.
+"""Which adapters are asked for, and how much: so that a new replica loads them before anybody asks it.
 
     each replica counts ─▶ a new one asks them all ─▶ the most wanted, one after another, while it has places
 
@@ -15,14 +14,10 @@ from dataclasses import dataclass
 from cluster.errors import LuthierError
 from cluster.records import AdapterRecord, BaseModelRef
 from serving.adapters import AdapterCache
+from serving.popularity import MAX_REMEMBERED, Popularity
 
 HALF_LIFE_S = 300.0
 """After which a request counts half: the demand of the last minutes, not of the morning."""
-
-_FORGOTTEN = 0.01
-
-MAX_REMEMBERED = 4096
-"""Adapters that are counted; beyond, the less wanted half is forgotten."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,34 +34,21 @@ class Demand:
     """What one replica was asked for."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._counted: dict[str, tuple[AdapterRecord, float, float]] = {}  # by digest: requests, as of when
+        self._popularity = Popularity(HALF_LIFE_S, clock)
+        self._records: dict[str, AdapterRecord] = {}
 
-    def count(self, record: AdapterRecord, requests: float = 1.0) -> None:
-        """One more request, or what others were asked for."""
-        now = self._clock()
-        self._counted[record.digest] = record, requests + self._requests(record.digest, now), now
-        if len(self._counted) > MAX_REMEMBERED:
-            kept = self.wanted()[: MAX_REMEMBERED // 2]
-            self._counted = {each.record.digest: (each.record, each.requests, now) for each in kept}
-
-    def requests(self, digest: str) -> float:
-        """How many there were for an adapter lately, loaded or not."""
-        return self._requests(digest, self._clock())
+    def count(self, record: AdapterRecord) -> None:
+        """One more request."""
+        self._popularity.count(record.digest)
+        self._records[record.digest] = record
+        if len(self._records) > 2 * MAX_REMEMBERED:
+            self.wanted()
 
     def wanted(self) -> list[Wanted]:
         """The most wanted first; what was last asked for hours ago is forgotten."""
-        now = self._clock()
-        found = [Wanted(record, self._requests(digest, now)) for digest, (record, _, _) in self._counted.items()]
-        found = [each for each in found if each.requests >= _FORGOTTEN]
-        self._counted = {each.record.digest: (each.record, each.requests, now) for each in found}
-        return sorted(found, key=lambda each: -each.requests)
-
-    def _requests(self, digest: str, now: float) -> float:
-        if digest not in self._counted:
-            return 0.0
-        _, requests, at = self._counted[digest]
-        return requests * float(2 ** ((at - now) / HALF_LIFE_S))
+        found = [Wanted(self._records[digest], requests) for digest, requests in self._popularity.most()]
+        self._records = {each.record.digest: each.record for each in found}
+        return found
 
 
 def most_wanted(answers: Iterable[Sequence[Wanted]], base: BaseModelRef) -> list[Wanted]:
@@ -80,9 +62,12 @@ def most_wanted(answers: Iterable[Sequence[Wanted]], base: BaseModelRef) -> list
     return sorted(found, key=lambda each: -each.requests)
 
 
-async def warm(cache: AdapterCache, places: int, wanted: Sequence[AdapterRecord]) -> None:
+async def warm(cache: AdapterCache, places: int, wanted: Sequence[Wanted]) -> None:
     """Load what is wanted while there is a free place: what requests bring in meanwhile is not evicted for it."""
-    for record in wanted:
+    total = sum(each.requests for each in wanted)
+    for each in wanted:
+        cache.expect(each.record, each.requests / total)
+    for record in (each.record for each in wanted):
         if len(cache.loaded) >= places:
             return
         try:

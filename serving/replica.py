@@ -29,7 +29,7 @@ from cluster.errors import InvalidRequest, Overloaded
 from cluster.records import AdapterRecord, BaseModelRef
 from cluster.store import open_store
 from serving import affinity
-from serving.adapters import SPARE_SLOTS, AdapterCache
+from serving.adapters import HALF_LIFE, SPARE_SLOTS, AdapterCache
 from serving.autoscale import ReplicaLoad
 from serving.calls import Accepted, Call, ChoiceEvent, ReplicaStatus, mib
 from serving.config import EngineConfig, ServingConfig, VllmConfig
@@ -56,7 +56,7 @@ _log = logging.getLogger(__name__)
 class Replica:
     """Answers Calls. Made by Serve, one to a process."""
 
-    def __init__(self, config: ServingConfig, base: BaseModelRef, demand: type[Demand] = Demand) -> None:
+    def __init__(self, config: ServingConfig, base: BaseModelRef, half_life: float = HALF_LIFE) -> None:
         """Fetch the model and start the engine; blocks. Raises ModelError, StoreError."""
         # Here, not above: these import torch, and the deploying side imports this module for its class alone.
         from serving.prompts import Prompts
@@ -76,14 +76,14 @@ class Replica:
         self._teardown.callback(self._engine.stop)
         downloads = Downloads(models.cache_folder() / "adapters", store, config.adapters.disk_max_bytes)
         self._adapter_bytes = config.engine.adapter_bytes if isinstance(config.engine, EngineConfig) else None
-        self._demand = demand()
+        self._demand = Demand()
         self._adapters = AdapterCache(
             self._engine,
             downloads,
             config.engine.max_adapters,
             self._advertise,
             max_bytes=self._adapter_bytes,
-            wanted=self._demand.requests,
+            half_life=half_life,
             retry_failed_s=config.adapters.retry_failed_s,
         )
         self._places = config.engine.max_adapters
@@ -118,8 +118,8 @@ class Replica:
             await loop.run_in_executor(self._encoder, self._engine.compile, call.params.grammar)
         async with AsyncExitStack() as stack:
             if call.adapter is not None:
-                self._demand.count(call.adapter)
                 await stack.enter_async_context(self._adapters.hold(call.adapter))
+                self._demand.count(call.adapter)
             streams = []
             for request in requests:
                 stream = self._engine.submit(request)
@@ -165,7 +165,6 @@ class Replica:
 
     async def prefetch(self, record: AdapterRecord) -> None:
         """Load an adapter that requests are about to ask for. Raises as loading does."""
-        self._demand.count(record)
         await self._adapters.prefetch(record)
 
     async def demand(self) -> list[Wanted]:
@@ -179,10 +178,7 @@ class Replica:
         except (TimeoutError, RayError, RayServeException) as error:
             _log.info("no other replica says which adapters are wanted: %s", error)
             return
-        wanted = most_wanted(answers, self._base)[: self._places]
-        for each in wanted:  # its share of it will come here
-            self._demand.count(each.record, each.requests / (1 + len(answers)))
-        await warm(self._adapters, self._places, [each.record for each in wanted])
+        await warm(self._adapters, self._places, most_wanted(answers, self._base)[: self._places])
 
     async def ready(self) -> bool:
         """Answers when this replica serves."""

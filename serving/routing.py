@@ -5,9 +5,9 @@ a replica that does not hold it costs what loading it would, in the same measure
 shared by those who have use of the load, so that a hot adapter spreads as soon as waiting would take longer than its
 part, and then levels the queues of the replicas that hold it; a cold one stays where it is, and takes no second place.
 
-Replicas that would do equally well, within `TIE_TOKENS`, and do not hold the adapter are taken by rendezvous hashing
-(Thaler & Ravishankar 1998) of adapter and replica: every ingress comes to the same one without asking the others, and a
-replica that comes or goes moves only the adapters that are its own.
+Of replicas that would do equally well, within `TIE_TOKENS`, and do not hold the adapter, that one loads it which had to
+load least lately: a new one first, and then all come to have about as much worth keeping. Where they are equal in this,
+too, rendezvous hashing decides (Thaler & Ravishankar 1998), so that ingresses that know nothing yet agree.
 """
 
 from collections.abc import Sequence
@@ -22,17 +22,22 @@ UNEVENNESS = 3.0
 """Of the mean queue: added to LOAD_TOKENS. A replica computes its requests together, so that the longer queues are, the
 less a difference of a few requests matters."""
 
-TIE_TOKENS = 250.0
-"""How much longer a queue may be for a replica to be as good as the best: about a request."""
+TIE_TOKENS = 500.0
+"""How much longer a queue may be for a replica to be as good as the best: about two requests."""
+
+LOADS_HALF_LIFE = 1024.0
+"""After how many requests a load counts half in what a replica had to load lately."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A replica: its id, the tokens that it was given and has not ended, and the digests of the adapters it holds."""
+    """A replica: its id, the tokens that it was given and has not ended, the digests of the adapters it holds, and how
+    many it had to load lately."""
 
     id: str
     load: float
     holds: frozenset[str]
+    loads: float = 0.0
 
 
 def cost_of_loading(candidates: Sequence[Candidate], under_way: int) -> float:
@@ -48,10 +53,12 @@ def rank(candidates: Sequence[Candidate], adapter: str, under_way: int = 0) -> l
     waits = {each.id: each.load + (0.0 if each.id in holders else cost) for each in candidates}
     good = min(waits.values(), default=0.0) + TIE_TOKENS
 
-    def order(each: Candidate) -> tuple[int, float]:
+    def order(each: Candidate) -> tuple[int, float, float]:
         if waits[each.id] > good:
-            return 2, waits[each.id]
-        return (0, waits[each.id]) if each.id in holders else (1, -_weight(adapter, each.id))
+            return 2, waits[each.id], 0.0
+        if each.id in holders:
+            return 0, waits[each.id], 0.0
+        return 1, each.loads, -_weight(adapter, each.id)
 
     return [each.id for each in sorted(candidates, key=order)]
 

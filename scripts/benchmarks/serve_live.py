@@ -28,10 +28,10 @@ from cluster.models import ModelConfig
 from cluster.records import BaseModelRef
 from scripts.benchmarks.report import REPOSITORY, Measure
 from serving import deploy
+from serving.adapters import HALF_LIFE
 from serving.app import build
 from serving.calls import ReplicaStatus
 from serving.config import AdaptersConfig, EngineConfig, HttpConfig, ReplicaConfig, ServingConfig
-from serving.demand import Demand
 from serving.engine.native import NativeEngine, NativeOptions
 from serving.engine.protocol import GenerationRequest, SamplingParams
 from serving.router import AdapterRouter
@@ -43,13 +43,6 @@ AT_ONCE = 64
 PLACES = 16
 PROMPT, NEW = 64, 128
 DEADLINE_S = 180.0
-
-
-class NoDemand(Demand):
-    """Every adapter is wanted as much as any other: what was used longest ago goes first, as in @serve.multiplexed."""
-
-    def requests(self, digest: str) -> float:  # noqa: ARG002
-        return 0.0
 
 
 @dataclass(frozen=True)
@@ -64,13 +57,13 @@ class Zipf:
     clairvoyant_warm: float
 
 
-CONTESTANTS: dict[str, tuple[type[RequestRouter], type[Demand]]] = {
-    "ours": (AdapterRouter, Demand),
-    "serve's": (PowerOfTwoChoicesRequestRouter, NoDemand),
-    "serve's router": (PowerOfTwoChoicesRequestRouter, Demand),
+CONTESTANTS: dict[str, tuple[type[RequestRouter], float]] = {
+    "ours": (AdapterRouter, HALF_LIFE),
+    "serve's": (PowerOfTwoChoicesRequestRouter, 1 / PLACES),
+    "serve's router": (PowerOfTwoChoicesRequestRouter, HALF_LIFE),
 }
-"""Serve's own has its router and the rule of @serve.multiplexed, which would also evict what is in use; the last has
-our cache whole."""
+"""A router, and the half-life by which adapters are evicted: of one request it is "least recently used", the rule of
+@serve.multiplexed (which would also evict what is in use). The last has our cache whole."""
 
 
 class Live:
@@ -92,7 +85,7 @@ class Live:
 
     @contextmanager
     def served(
-        self, replicas: int, router: type[RequestRouter] = AdapterRouter, demand: type[Demand] = Demand
+        self, replicas: int, router: type[RequestRouter] = AdapterRouter, half_life: float = HALF_LIFE
     ) -> Iterator[str]:
         """The endpoint's address, while it is there."""
         config = ServingConfig(
@@ -105,7 +98,7 @@ class Live:
             adapters=AdaptersConfig(),
         )
         serve.start(http_options={"host": config.http.host, "port": config.http.port})
-        serve.run(build(config, self.base, router, demand), name=NAME, route_prefix="/")
+        serve.run(build(config, self.base, router, half_life), name=NAME, route_prefix="/")
         try:
             yield f"http://127.0.0.1:{self.port}/v1"
         finally:
@@ -138,8 +131,8 @@ def measure(live: Live, rounds: int, quick: bool) -> list[Measure]:
         traffic = 60 if quick else 800
         found: dict[str, list[Zipf]] = {name: [] for name in CONTESTANTS}
         for index in range(rounds):
-            for name, (router, demand) in CONTESTANTS.items():
-                with live.served(REPLICAS, router, demand) as url:
+            for name, (router, half_life) in CONTESTANTS.items():
+                with live.served(REPLICAS, router, half_life) as url:
                     found[name].append(asyncio.run(zipf(url, live, traffic, seed=index)))
     ours, theirs, router_alone = found.values()
     possible = {

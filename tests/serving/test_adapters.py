@@ -19,8 +19,7 @@ from cluster import keys, registry
 from cluster.errors import AdapterRefused, ObjectDamaged, ObjectNotFound, Overloaded, StoreUnreachable
 from cluster.folder import FolderStore
 from cluster.records import AdapterRecord, BaseModelRef
-from serving.adapters import SPARE_SLOTS, AdapterCache
-from serving.demand import HALF_LIFE_S, Demand
+from serving.adapters import HALF_LIFE, SPARE_SLOTS, AdapterCache
 from serving.downloads import Downloads
 from serving.engine import kernels
 from serving.engine.adapter import LoraPair, read_adapter
@@ -97,14 +96,12 @@ class Bench:
         self.downloads = Downloads(root / "cache", self.store, disk_bytes)
         self.changes = 0
         self.now = 0.0
-        self.demand = Demand(clock=lambda: self.now)
         self.cache = AdapterCache(
             self.engine,
             self.downloads,
             max_adapters,
             self._changed,
             max_bytes=max_bytes,
-            wanted=self.demand.requests,
             retry_failed_s=30,
             clock=lambda: self.now,
         )
@@ -209,14 +206,13 @@ def test_of_idle_adapters_the_one_asked_for_least_goes(bench: Bench) -> None:
 
     async def main() -> None:
         for each in (hot, hot, cold, another, third):  # what is asked for once takes one place, by turns
-            bench.demand.count(each)
             await bench.touch(each)
         assert bench.names() == ["hot", "third"]
-        bench.now = 12 * HALF_LIFE_S  # the morning's favourite leaves for the afternoon's
-        bench.demand.count(third)
-        bench.demand.count(cold)
+        for _ in range(int(6 * HALF_LIFE)):  # until the morning's favourite counts for less than one request
+            await bench.touch(third)
         await bench.touch(cold)
-        assert bench.names() == ["third", "cold"]
+        await bench.touch(another)
+        assert bench.names() == ["third", "another"]
 
     asyncio.run(main())
 
@@ -521,7 +517,6 @@ def test_any_order_of_requests_and_departures_ends_well(tmp_path: Path, seed: in
 
     async def request(number: int) -> None:
         record = records[chance.randrange(7)]
-        bench.demand.count(record)
         for _ in range(chance.randrange(30)):
             await asyncio.sleep(0)
         try:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.records import AdapterRecord, BaseModelRef
-from serving.demand import HALF_LIFE_S, MAX_REMEMBERED, Demand, Wanted, most_wanted, warm
+from serving.demand import HALF_LIFE_S, Demand, Wanted, most_wanted, warm
+from serving.popularity import MAX_REMEMBERED
 from tests.serving.test_adapters import BASE, Bench
 
 OTHER_BASE = BaseModelRef(name="base", revision="r2", licence="apache-2.0")
@@ -57,7 +58,7 @@ def test_of_too_many_the_most_wanted_are_remembered() -> None:
         demand.count(record("wanted"))
         demand.count(record(f"tail{number}"))
     assert len(demand.wanted()) <= MAX_REMEMBERED
-    assert demand.requests(record("wanted").digest) == 3 * MAX_REMEMBERED
+    assert demand.wanted()[0] == Wanted(record("wanted"), 3 * MAX_REMEMBERED)
 
 
 def test_free_places_are_filled_by_the_most_wanted_and_nothing_is_evicted_for_them(tmp_path: Path) -> None:
@@ -67,9 +68,12 @@ def test_free_places_are_filled_by_the_most_wanted_and_nothing_is_evicted_for_th
 
     async def main() -> None:
         await bench.touch(asked)
-        await warm(bench.cache, 3, [refused, first, asked, second, third])
+        wanted = enumerate([refused, first, asked, second, third])
+        await warm(bench.cache, 3, [Wanted(record, 100 - place) for place, record in wanted])
+        assert bench.names() == ["asked", "1st", "2nd"]
+        await bench.touch(third)  # what is expected the least leaves first
+        assert bench.names() == ["asked", "1st", "3rd"]
 
     asyncio.run(main())
-    assert bench.names() == ["asked", "1st", "2nd"]
     assert bench.engine.loads[asked.digest] == 1
-    assert bench.engine.loads[third.digest] == 0
+    assert bench.engine.loads[third.digest] == 1
