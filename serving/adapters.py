@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from traceback import clear_frames
 
 from cluster.errors import AdapterRefused, LuthierError, ObjectDamaged, ObjectNotFound
 from cluster.records import AdapterRecord
@@ -176,6 +177,7 @@ class AdapterCache:
                     entry.is_loaded = True
         except BaseException as error:
             del self._entries[digest]
+            clear_frames(error.__traceback__)  # or what was read lives in them for as long as the error
             if isinstance(error, _ITS_OWN_FAULT):
                 self._failed[digest] = self._time() + self._retry_failed_s, error
             raise

@@ -73,6 +73,8 @@ class ReplicaStatus:
     @property
     def memory(self) -> str:
         """For people."""
+        if not self.kv_bytes:
+            return "in the engine's own process"
         budget = "" if self.adapter_bytes_budget is None else f" of {mib(self.adapter_bytes_budget)}"
         return (
             f"weights {mib(self.weight_bytes)}, keys and values {mib(self.kv_bytes)}, "

@@ -248,7 +248,7 @@ class Replica:
 def memory_plan(stats: EngineStats, adapter_bytes: int | None) -> str:
     """What a replica's engine holds and will hold, for its log."""
     if not stats.kv_bytes:
-        return "memory: the engine sets it aside in its own process"
+        return "memory: in the engine's own process"
     adapters = "adapters what engine.max_adapters of them take"
     total = ""
     if adapter_bytes is not None:

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -120,12 +119,8 @@ class NativeEngine:
             core = self._serving_core()
         adapter = await asyncio.to_thread(read_adapter, digest, folder, core.target)
         if make_room is not None:
-            try:
-                await make_room(core.size_of(adapter))
-            except BaseException:
-                del adapter  # or the traceback keeps it for as long as anybody keeps that
-                raise
-        await self._between_steps(partial(EngineCore.load, adapter=adapter))
+            await make_room(core.size_of(adapter))
+        await self._between_steps(lambda core: core.load(adapter))
 
     async def unload_adapter(self, digest: str) -> None:
         """Refuse new requests, wait for the running ones, free."""
