@@ -41,6 +41,12 @@ BATCH_ADAPTERS_MAX = Metric(
     "luthier_batch_adapters_max", "gauge", "Most adapters that one forward pass has held since the start.", ("model",)
 )
 ADAPTERS_LOADED = Metric("luthier_adapters_loaded", "gauge", "Adapters in a replica's engine.", ("model",))
+WEIGHT_BYTES = Metric("luthier_weight_bytes", "gauge", "Memory of the base's weights in a replica.", ("model",))
+KV_BYTES = Metric("luthier_kv_bytes", "gauge", "Memory of a replica's key-value cache.", ("model",))
+ADAPTER_BYTES = Metric("luthier_adapter_bytes", "gauge", "Memory of the adapters in a replica's engine.", ("model",))
+ADAPTER_BYTES_BUDGET = Metric(
+    "luthier_adapter_bytes_budget", "gauge", "What adapters may take there; 0 without a limit.", ("model",)
+)
 RUNNING_SEQUENCES = Metric("luthier_running_sequences", "gauge", "Sequences that generate now.", ("model",))
 WAITING_SEQUENCES = Metric("luthier_waiting_sequences", "gauge", "Sequences that wait in an engine.", ("model",))
 KV_BLOCKS_USED = Metric("luthier_kv_blocks_used", "gauge", "Blocks of the key-value cache in use.", ("model",))

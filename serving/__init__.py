@@ -11,6 +11,7 @@ ingress    the HTTP side: routes, streaming, headers
 replica    one engine with its tokenizer and adapters, as a Serve deployment
 prompts    messages or text → token ids, by the model's own chat template
 adapters   which adapters are in the engine: single-flight loads, reference counts, eviction
+popularity how much each is asked for lately: what leaves first
 pins       the adapters that every replica is to hold, by name
 demand     which adapters are asked for, and how much; a new replica loads those ahead
 downloads  verified adapter files on this node, under a byte budget

@@ -8,6 +8,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 from ray.serve.request_router import RequestRouter
 
 from cluster.records import BaseModelRef
+from serving.adapters import HALF_LIFE
 from serving.autoscale import Settings, TokenPolicy
 from serving.config import ServingConfig
 from serving.ingress import Ingress
@@ -32,8 +33,14 @@ _LOOK_BACK_S = 3.0
 """Over which Serve averages the requests in front of the replicas. The policy takes the newest of all else."""
 
 
-def build(config: ServingConfig, base: BaseModelRef, router: type[RequestRouter] = AdapterRouter) -> Application:
-    """Bind the deployments. `base` is the pinned model that both sides speak of; `router` sends calls to replicas."""
+def build(
+    config: ServingConfig,
+    base: BaseModelRef,
+    router: type[RequestRouter] = AdapterRouter,
+    half_life: float = HALF_LIFE,
+) -> Application:
+    """Bind the deployments. `base` is the pinned model that both sides speak of; `router` sends calls to replicas, and
+    `half_life` says how long those remember what was asked for when they evict adapters (adapters.py)."""
     replicas = config.replicas
     replica = serve.deployment(
         Replica,
@@ -56,7 +63,7 @@ def build(config: ServingConfig, base: BaseModelRef, router: type[RequestRouter]
         graceful_shutdown_timeout_s=replicas.drain_timeout_s,
         ray_actor_options={"num_cpus": config.http.cpus},
     )
-    return ingress.bind(config, base, replica.bind(config, base))
+    return ingress.bind(config, base, replica.bind(config, base, half_life))
 
 
 def _autoscaling(config: ServingConfig) -> AutoscalingConfig:

@@ -67,4 +67,23 @@ class ReplicaStatus:
     waiting: int
     kv_blocks_used: int
     kv_blocks_total: int
-    weight_bytes: int  # of the base, as the engine holds it; 0 where another process does
+    weight_bytes: int  # these three of the engine's own tensors; 0 where another process has them
+    kv_bytes: int
+    adapter_bytes: int
+    adapter_bytes_budget: int | None
+
+    @property
+    def memory(self) -> str:
+        """For people."""
+        if not self.kv_bytes:
+            return "in the engine's own process"
+        budget = "" if self.adapter_bytes_budget is None else f" of {mib(self.adapter_bytes_budget)}"
+        return (
+            f"weights {mib(self.weight_bytes)}, keys and values {mib(self.kv_bytes)}, "
+            f"adapters {mib(self.adapter_bytes)}{budget}"
+        )
+
+
+def mib(num_bytes: int) -> str:
+    """For people."""
+    return f"{num_bytes / 2**20:,.1f} MiB"

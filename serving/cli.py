@@ -65,7 +65,7 @@ def status(
             print(
                 f"  {replica.replica}: {base}running {replica.running}, waiting {replica.waiting}, "
                 f"requests {replica.requests}, tokens {replica.generated_tokens}, "
-                f"kv blocks {replica.kv_blocks_used}/{replica.kv_blocks_total}, "
+                f"kv blocks {replica.kv_blocks_used}/{replica.kv_blocks_total}, memory: {replica.memory}; "
                 f"adapters: {', '.join(replica.adapters) or 'none'}"
             )
 

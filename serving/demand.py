@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from cluster.errors import LuthierError
 from cluster.records import AdapterRecord, BaseModelRef
 from serving.adapters import AdapterCache
+from serving.popularity import MAX_REMEMBERED, Popularity
 
 HALF_LIFE_S = 300.0
 """After which a request counts half: the demand of the last minutes, not of the morning."""
-
-_FORGOTTEN = 0.01
 
 _log = logging.getLogger(__name__)
 
@@ -35,42 +34,40 @@ class Demand:
     """What one replica was asked for."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._counted: dict[str, tuple[AdapterRecord, float, float]] = {}  # by digest: requests, as of when
+        self._popularity = Popularity(HALF_LIFE_S, clock)
+        self._records: dict[str, AdapterRecord] = {}
 
     def count(self, record: AdapterRecord) -> None:
         """One more request."""
-        now = self._clock()
-        self._counted[record.digest] = record, 1.0 + self._requests(record.digest, now), now
+        self._popularity.count(record.digest)
+        self._records[record.digest] = record
+        if len(self._records) > 2 * MAX_REMEMBERED:
+            self.wanted()
 
     def wanted(self) -> list[Wanted]:
         """The most wanted first; what was last asked for hours ago is forgotten."""
-        now = self._clock()
-        found = [Wanted(record, self._requests(digest, now)) for digest, (record, _, _) in self._counted.items()]
-        found = [each for each in found if each.requests >= _FORGOTTEN]
-        self._counted = {each.record.digest: (each.record, each.requests, now) for each in found}
-        return sorted(found, key=lambda each: -each.requests)
-
-    def _requests(self, digest: str, now: float) -> float:
-        if digest not in self._counted:
-            return 0.0
-        _, requests, at = self._counted[digest]
-        return requests * float(2 ** ((at - now) / HALF_LIFE_S))
+        found = [Wanted(self._records[digest], requests) for digest, requests in self._popularity.most()]
+        self._records = {each.record.digest: each.record for each in found}
+        return found
 
 
-def most_wanted(answers: Iterable[Sequence[Wanted]], base: BaseModelRef) -> list[AdapterRecord]:
+def most_wanted(answers: Iterable[Sequence[Wanted]], base: BaseModelRef) -> list[Wanted]:
     """What several replicas were asked for together, of this base, the most wanted first."""
     requests: defaultdict[str, float] = defaultdict(float)
     records: dict[str, AdapterRecord] = {}
     for each in (each for answer in answers for each in answer if each.record.base == base):
         requests[each.record.digest] += each.requests
         records[each.record.digest] = each.record
-    return [records[digest] for digest in sorted(requests, key=lambda digest: -requests[digest])]
+    found = [Wanted(records[digest], requests[digest]) for digest in requests]
+    return sorted(found, key=lambda each: -each.requests)
 
 
-async def warm(cache: AdapterCache, places: int, wanted: Sequence[AdapterRecord]) -> None:
+async def warm(cache: AdapterCache, places: int, wanted: Sequence[Wanted]) -> None:
     """Load what is wanted while there is a free place: what requests bring in meanwhile is not evicted for it."""
-    for record in wanted:
+    total = sum(each.requests for each in wanted)
+    for each in wanted:
+        cache.expect(each.record, each.requests / total)
+    for record in (each.record for each in wanted):
         if len(cache.loaded) >= places:
             return
         try:

@@ -22,20 +22,19 @@ async def keep_pinned(names: Sequence[str], resolver: Resolver, adapters: Adapte
     pinned: dict[str, AdapterRecord] = {}
     said: set[str] = set()
     while True:
-        before, failed = dict(pinned), False
+        failed = False
         for name in names:
             try:
                 record = await resolver.resolve(name)
-                if record is not None:
+                if record is not None and record != pinned.get(name):
                     await adapters.prefetch(record)
                     pinned[name] = record
+                    adapters.pin(pinned.values())  # now: the next one's load must not evict it
             except LuthierError as error:
                 failed = True
                 if str(error) not in said:
                     said.add(str(error))
                     _log.warning("the pinned adapter %s is not loaded: %s", name, error)
-        if pinned != before:
-            adapters.pin(pinned.values())
         if not failed:
             said.clear()
         await asyncio.sleep(refresh_s)

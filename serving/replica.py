@@ -29,13 +29,13 @@ from cluster.errors import InvalidRequest, Overloaded
 from cluster.records import AdapterRecord, BaseModelRef
 from cluster.store import open_store
 from serving import affinity
-from serving.adapters import SPARE_SLOTS, AdapterCache
+from serving.adapters import HALF_LIFE, SPARE_SLOTS, AdapterCache
 from serving.autoscale import ReplicaLoad
-from serving.calls import Accepted, Call, ChoiceEvent, ReplicaStatus
+from serving.calls import Accepted, Call, ChoiceEvent, ReplicaStatus, mib
 from serving.config import EngineConfig, ServingConfig, VllmConfig
 from serving.demand import Demand, Wanted, most_wanted, warm
 from serving.downloads import Downloads
-from serving.engine.protocol import Engine, GenerationRequest, TokenStream
+from serving.engine.protocol import Engine, EngineStats, GenerationRequest, TokenStream
 from serving.engine.vllm_command import VllmOptions, find_python
 from serving.gauges import EngineGauges
 from serving.pins import keep_pinned
@@ -59,7 +59,7 @@ _log = logging.getLogger(__name__)
 class Replica:
     """Answers Calls. Made by Serve, one to a process."""
 
-    def __init__(self, config: ServingConfig, base: BaseModelRef) -> None:
+    def __init__(self, config: ServingConfig, base: BaseModelRef, half_life: float = HALF_LIFE) -> None:
         """Fetch the model and start the engine; blocks. Raises ModelError, StoreError."""
         # Here, not above: these import torch, and the deploying side imports this module for its class alone.
         from serving.prompts import Prompts
@@ -80,15 +80,19 @@ class Replica:
         self._engine = start_engine(folder, config)
         self._teardown.callback(self._engine.stop)
         downloads = Downloads(models.cache_folder() / "adapters", store, config.adapters.disk_max_bytes)
+        self._adapter_bytes = config.engine.adapter_bytes if isinstance(config.engine, EngineConfig) else None
+        self._demand = Demand()
         self._adapters = AdapterCache(
             self._engine,
             downloads,
             config.engine.max_adapters,
             self._advertise,
+            max_bytes=self._adapter_bytes,
+            half_life=half_life,
             retry_failed_s=config.adapters.retry_failed_s,
         )
         self._places = config.engine.max_adapters
-        self._demand = Demand()
+        _log.info("%s", memory_plan(self._engine.stats(), self._adapter_bytes))
         # Serve runs this in the loop that it runs requests in, and does not wait for what comes beside them.
         self._warming = asyncio.create_task(self._warm(), name="luthier-warm")
         if config.adapters.pinned:
@@ -207,6 +211,9 @@ class Replica:
             kv_blocks_used=stats.kv_blocks_used,
             kv_blocks_total=stats.kv_blocks_total,
             weight_bytes=stats.weight_bytes,
+            kv_bytes=stats.kv_bytes,
+            adapter_bytes=stats.adapter_bytes,
+            adapter_bytes_budget=self._adapter_bytes,
         )
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -237,11 +244,23 @@ class Replica:
 
     def _export(self) -> None:
         while not self._stopping.wait(_METRICS_INTERVAL_S):
-            self._gauges.export(self._engine.stats())
+            self._gauges.export(self._engine.stats(), self._adapter_bytes)
 
     def __del__(self) -> None:
         """Called by Serve once the last stream has ended."""
         self._teardown.close()
+
+
+def memory_plan(stats: EngineStats, adapter_bytes: int | None) -> str:
+    """What a replica's engine holds and will hold, for its log."""
+    if not stats.kv_bytes:
+        return "memory: in the engine's own process"
+    adapters = "adapters what engine.max_adapters of them take"
+    total = ""
+    if adapter_bytes is not None:
+        adapters = f"adapters at most {mib(adapter_bytes)}, and one more while it is read"
+        total = f"; {mib(stats.weight_bytes + stats.kv_bytes + adapter_bytes)} in all, beside what a step computes with"
+    return f"memory: weights {mib(stats.weight_bytes)}, keys and values {mib(stats.kv_bytes)}, {adapters}{total}"
 
 
 def start_engine(folder: Path, config: ServingConfig) -> Engine:
@@ -280,6 +299,7 @@ def _native(folder: Path, config: ServingConfig, engine: EngineConfig) -> Engine
             max_waiting=engine.max_waiting,
             max_adapters=engine.max_adapters + SPARE_SLOTS,
             max_rank=engine.max_rank,
+            adapter_bytes=engine.adapter_bytes,
             prefix_cache=engine.prefix_cache,
             num_threads=engine.threads,
         ),

@@ -11,7 +11,8 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
 from serving.calls import Call, Prompt
-from serving.routing import Candidate, rank
+from serving.popularity import Popularity
+from serving.routing import LOADS_HALF_LIFE, Candidate, rank
 
 _CHARACTERS_PER_TOKEN = 4
 _ANSWER_TOKENS = 256
@@ -25,6 +26,8 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
         """Called by Serve after its own __init__."""
         # By replica and request: its tokens and its adapter.
         self._given: defaultdict[ReplicaID, dict[str, tuple[float, str]]] = defaultdict(dict)
+        self._routed = 0
+        self._loads = Popularity(LOADS_HALF_LIFE, lambda: self._routed)  # by replica
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -35,13 +38,19 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
             pending_request.routing_context.should_backoff = True
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         candidates = [self._candidate(replica) for replica in candidate_replicas]
-        return [[by_id[each]] for each in rank(candidates, adapter)]
+        under_way = sum(each == adapter for given in self._given.values() for _, each in given.values())
+        return [[by_id[each]] for each in rank(candidates, adapter, under_way)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:  # noqa: ARG002
         """Count a call, or the adapter of a prefetch."""
         metadata = pending_request.metadata
+        adapter = metadata.multiplexed_model_id
+        self._routed += 1
+        replica = self.curr_replicas.get(replica_id)
+        if adapter and replica is not None and adapter not in self._candidate(replica).holds:
+            self._loads.count(replica_id.unique_id)
         tokens = sum(tokens_of(each) for each in pending_request.args if isinstance(each, Call))
-        self._given[replica_id][metadata.internal_request_id] = tokens, metadata.multiplexed_model_id
+        self._given[replica_id][metadata.internal_request_id] = tokens, adapter
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """It has ended, whatever way."""
@@ -55,7 +64,8 @@ class AdapterRouter(RequestRouter):  # type: ignore[misc]
     def _candidate(self, replica: RunningReplica) -> Candidate:
         given = self._given[replica.replica_id].values()
         holds = {*replica.multiplexed_model_ids, *(adapter for _, adapter in given)}
-        return Candidate(replica.replica_id.unique_id, sum(tokens for tokens, _ in given), frozenset(holds))
+        name = replica.replica_id.unique_id
+        return Candidate(name, sum(tokens for tokens, _ in given), frozenset(holds), self._loads.of(name))
 
 
 def tokens_of(call: Call) -> float:

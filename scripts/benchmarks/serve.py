@@ -23,8 +23,10 @@ And with Ray Serve around the engine (serve_live.py), a tiny model, in milliseco
     alias_live_s         from a moved alias to the last request that the old version answers, under 50 requests/s; and
                          (as the peer) from the way back
     zipf_…               four replicas of 16 places, 64 requests at once of 64 + 128 tokens, one adapter with half of
-                         them and 99 by Zipf's law: tokens of the busiest replica over the mean, and adapters loaded,
-                         against Serve's own router
+                         them and 99 by Zipf's law, 800 requests on empty replicas and 800 more: tokens of the busiest
+                         replica over the mean, a request's time, and adapters loaded by either half, against Serve's
+                         own router with the least recently used leaving; and all loads against Serve's router over
+                         our cache. The notes (--json) have what a cache that knows the future would have loaded
 
 And of the first model, the cold start of an adapter by part (serve_cold.py), in milliseconds, medians of 12 adapters:
 

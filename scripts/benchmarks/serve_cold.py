@@ -26,7 +26,7 @@ from serving.adapters import SPARE_SLOTS, AdapterCache
 from serving.config import AdaptersConfig
 from serving.downloads import Download, Downloads
 from serving.engine.native import NativeEngine, NativeOptions
-from serving.engine.protocol import GenerationRequest, SamplingParams
+from serving.engine.protocol import GenerationRequest, MakeRoom, SamplingParams
 from serving.resolver import Resolver
 
 PARTS = ("resolve", "fetch", "verify", "place", "first_token", "whole")
@@ -55,9 +55,9 @@ class TimedEngine(NativeEngine):
 
     took_ms = 0.0
 
-    async def load_adapter(self, digest: str, folder: Path) -> None:
+    async def load_adapter(self, digest: str, folder: Path, make_room: MakeRoom | None = None) -> None:
         began = time.perf_counter()
-        await super().load_adapter(digest, folder)
+        await super().load_adapter(digest, folder, make_room)
         self.took_ms = _since(began)
 
 

@@ -9,9 +9,10 @@ import os
 import random
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -27,6 +28,7 @@ from cluster.models import ModelConfig
 from cluster.records import BaseModelRef
 from scripts.benchmarks.report import REPOSITORY, Measure
 from serving import deploy
+from serving.adapters import HALF_LIFE
 from serving.app import build
 from serving.calls import ReplicaStatus
 from serving.config import AdaptersConfig, EngineConfig, HttpConfig, ReplicaConfig, ServingConfig
@@ -48,6 +50,27 @@ HAPROXY = {
 }
 
 
+@dataclass(frozen=True)
+class Zipf:
+    """What the traffic of `zipf` came to, twice in a row on the same replicas."""
+
+    max_over_mean: float  # tokens of the busiest replica, and of all on average
+    empty_loads: float  # adapters loaded in the first half, which found the replicas empty
+    warm_loads: float  # and in the second
+    latency_s: float  # of a request, on average
+    clairvoyant_empty: float  # what one cache of all places, that knows the future, would have loaded
+    clairvoyant_warm: float
+
+
+CONTESTANTS: dict[str, tuple[type[RequestRouter], float]] = {
+    "ours": (AdapterRouter, HALF_LIFE),
+    "serve's": (PowerOfTwoChoicesRequestRouter, 1 / PLACES),
+    "serve's router": (PowerOfTwoChoicesRequestRouter, HALF_LIFE),
+}
+"""A router, and the half-life by which adapters are evicted: of one request it is "least recently used", the rule of
+@serve.multiplexed (which would also evict what is in use). The last has our cache whole."""
+
+
 class Live:
     """A store with adapters of one model, and the applications that are made of it, one after the other."""
 
@@ -66,7 +89,9 @@ class Live:
             self.port = int(free.getsockname()[1])
 
     @contextmanager
-    def served(self, replicas: int, router: type[RequestRouter] = AdapterRouter) -> Iterator[str]:
+    def served(
+        self, replicas: int, router: type[RequestRouter] = AdapterRouter, half_life: float = HALF_LIFE
+    ) -> Iterator[str]:
         """The endpoint's address, while it is there."""
         config = ServingConfig(
             name=NAME,
@@ -78,7 +103,7 @@ class Live:
             adapters=AdaptersConfig(),
         )
         serve.start(http_options={"host": config.http.host, "port": config.http.port})
-        serve.run(build(config, self.base, router), name=NAME, route_prefix="/")
+        serve.run(build(config, self.base, router, half_life), name=NAME, route_prefix="/")
         try:
             yield f"http://127.0.0.1:{self.port}/v1"
         finally:
@@ -112,22 +137,35 @@ def measure(live: Live, rounds: int, quick: bool) -> list[Measure]:
             alone = [asyncio.run(engine_latencies(live, few)) for _ in range(rounds)]
             moves = [asyncio.run(moves_live(url, live)) for _ in range(rounds)]
         traffic = 60 if quick else 800
-        ours: list[tuple[float, float]] = []
-        theirs: list[tuple[float, float]] = []
+        found: dict[str, list[Zipf]] = {name: [] for name in CONTESTANTS}
         for index in range(rounds):
-            for router, found in ((AdapterRouter, ours), (PowerOfTwoChoicesRequestRouter, theirs)):
-                with live.served(REPLICAS, router) as url:
-                    found.append(asyncio.run(zipf(url, live, traffic, seed=index)))
+            for name, (router, half_life) in CONTESTANTS.items():
+                with live.served(REPLICAS, router, half_life) as url:
+                    found[name].append(asyncio.run(zipf(url, live, traffic, seed=index)))
     with private_ray(HAPROXY), live.served(1) as url:
         by_haproxy = [asyncio.run(http_latencies(url, live.names[1], few)) for _ in range(rounds)]
+    ours, theirs, router_alone = found.values()
+    possible = {
+        "clairvoyant_empty": median(each.clairvoyant_empty for each in ours),
+        "clairvoyant_warm": median(each.clairvoyant_warm for each in ours),
+    }
+
+    def beside(name: str, unit: str, figure: Callable[[Zipf], float], peers: Sequence[Zipf] = theirs) -> Measure:
+        return Measure(
+            f"zipf_{name}", unit, [figure(each) for each in ours], [figure(each) for each in peers], possible
+        )
+
     return [
         Measure("haproxy_p50_ms", "ms", [median(each) for each in by_haproxy], [median(each) for each in over_http]),
         Measure("haproxy_p99_ms", "ms", [_p99(each) for each in by_haproxy], [_p99(each) for each in over_http]),
         Measure("ingress_p50_ms", "ms", [median(each) for each in over_http], [median(each) for each in alone]),
         Measure("ingress_p99_ms", "ms", [_p99(each) for each in over_http], [_p99(each) for each in alone]),
         Measure("alias_live_s", "s", [release for release, _ in moves], [back for _, back in moves]),
-        Measure("zipf_max_over_mean", "", [each for each, _ in ours], [each for each, _ in theirs]),
-        Measure("zipf_cold_loads_over_serve", "loads", [each for _, each in ours], [each for _, each in theirs]),
+        beside("max_over_mean", "", lambda each: each.max_over_mean),
+        beside("latency_s", "s", lambda each: each.latency_s),
+        beside("empty_loads", "loads", lambda each: each.empty_loads),
+        beside("warm_loads", "loads", lambda each: each.warm_loads),
+        beside("loads_by_router", "loads", lambda each: each.empty_loads + each.warm_loads, router_alone),
     ]
 
 
@@ -204,31 +242,63 @@ async def moves_live(url: str, live: Live) -> tuple[float, float]:
     return last(1, released_at, taken_back_at), last(2, taken_back_at, math.inf)
 
 
-async def zipf(url: str, live: Live, requests: int, seed: int) -> tuple[float, float]:
-    """One hot adapter that gets half of all requests, and COLD ones by Zipf's law.
-
-    Returns the busiest replica's tokens over the mean of all, and how many adapters were loaded.
-    """
+async def zipf(url: str, live: Live, requests: int, seed: int) -> Zipf:
+    """One hot adapter that gets half of all requests, and COLD ones by Zipf's law; `requests` of them, twice."""
     chance = random.Random(seed)
     names = live.names[: COLD + 1]
     weights = list(accumulate([0.5, *(0.5 / rank / _harmonic(len(names) - 1) for rank in range(1, len(names)))]))
-    before = await asyncio.to_thread(live.replicas)
-    left = iter(range(requests))
+    asked: list[str] = []
+    took: list[float] = []
 
-    async def client_loop(client: httpx.AsyncClient) -> None:
+    async def client_loop(client: httpx.AsyncClient, left: Iterator[int]) -> None:
         for _ in left:
-            body = {"model": chance.choices(names, cum_weights=weights)[0], "max_tokens": NEW, "temperature": 0}
+            asked.append(chance.choices(names, cum_weights=weights)[0])
+            body = {"model": asked[-1], "max_tokens": NEW, "temperature": 0}
             prompt = [chance.randrange(300, 6_000) for _ in range(PROMPT)]
+            began = time.monotonic()
             (await client.post(f"{url}/completions", json={**body, "prompt": prompt})).raise_for_status()
+            took.append(time.monotonic() - began)
 
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(timeout=DEADLINE_S, limits=limits) as client, asyncio.TaskGroup() as group:
-        for _ in range(AT_ONCE):
-            group.create_task(client_loop(client))
-    after = await asyncio.to_thread(live.replicas)
-    tokens = [each.generated_tokens + each.prompt_tokens for each in after]
-    loads = sum(each.adapter_loads for each in after) - sum(each.adapter_loads for each in before)
-    return max(tokens) / (sum(tokens) / len(tokens)), float(loads)
+    async def half() -> None:
+        left = iter(range(requests))
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=DEADLINE_S, limits=limits) as client, asyncio.TaskGroup() as group:
+            for _ in range(AT_ONCE):
+                group.create_task(client_loop(client, left))
+
+    looks = [await asyncio.to_thread(live.replicas)]
+    for _ in range(2):
+        await half()
+        looks.append(await asyncio.to_thread(live.replicas))
+    tokens = [each.generated_tokens + each.prompt_tokens for each in looks[-1]]
+    empty, warm = (
+        sum(each.adapter_loads for each in after) - sum(each.adapter_loads for each in before)
+        for before, after in pairwise(looks)
+    )
+    loaded = clairvoyant(asked, REPLICAS * PLACES)
+    return Zipf(
+        max_over_mean=max(tokens) / (sum(tokens) / len(tokens)),
+        empty_loads=empty,
+        warm_loads=warm,
+        latency_s=sum(took) / len(took),
+        clairvoyant_empty=sum(loaded[:requests]),
+        clairvoyant_warm=sum(loaded[requests:]),
+    )
+
+
+def clairvoyant(asked: Sequence[str], places: int) -> list[bool]:
+    """Which requests load if what is needed again latest goes (Belady 1966): no cache of as many places loads less."""
+    next_at, later = [0] * len(asked), dict.fromkeys(asked, len(asked))
+    for at in reversed(range(len(asked))):
+        next_at[at], later[asked[at]] = later[asked[at]], at
+    held: dict[str, int] = {}  # until when it is not needed
+    loads = []
+    for name, then in zip(asked, next_at, strict=True):
+        loads.append(name not in held)
+        if loads[-1] and len(held) == places:
+            del held[max(held, key=lambda each: held[each])]
+        held[name] = then
+    return loads
 
 
 def _p99(figures: list[float]) -> float:

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,6 +83,11 @@ class LoraPair:
     b: torch.Tensor
     rescale: torch.Tensor | None = None
 
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(each.nbytes for each in vars(self).values() if isinstance(each, torch.Tensor))
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -99,6 +105,11 @@ class Adapter:
     def is_dora(self) -> bool:
         """Whether its modules rescale the base's output: all of them do, or none."""
         return any(pair.rescale is not None for pair in self.pairs.values())
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(pair.num_bytes for pair in self.pairs.values())
 
 
 class LinearLayer(Protocol):

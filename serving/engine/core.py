@@ -52,6 +52,10 @@ class EngineCore:
         """What an adapter must fit."""
         return self._model.target
 
+    def size_of(self, adapter: Adapter) -> int:
+        """What it takes of the memory for adapters, in bytes; from any thread."""
+        return self._model.table.size_of(adapter)
+
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
@@ -174,6 +178,8 @@ class EngineCore:
             kv_blocks_used=allocator.num_used,
             kv_blocks_total=allocator.num_blocks,
             weight_bytes=self._model.weight_bytes,
+            kv_bytes=self._model.pool.num_bytes,
+            adapter_bytes=self._model.table.num_bytes,
             adapters=tuple(self._model.table.adapters),
         )
 

@@ -15,11 +15,15 @@ adapters and, for the step that runs, which rows belong to whom. Two ways to com
 An adapter of DoRA also rescales the base's output in its own rows (dora.py); such adapters have shelves of their own,
 so that the rows of all others are left as they are and pay nothing.
 
+With a budget in bytes, shelves have what the adapters' own matrices leave of it. They are cleared when a new adapter
+needs that, and rows for which they have no room are computed by segment, however short.
+
 Either reads every matrix once, at the speed of the memory: 128 adapters cost what reading them costs. No row ever meets
 another adapter's weights, so one that overflows stays alone with it.
 """
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -34,6 +38,8 @@ from serving.engine.adapter import Adapter, LoraPair
 from serving.engine.quantized import QuantizedLinear
 
 SEGMENT_ROWS = 16
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,7 @@ class Shelf:
         self.is_dora = is_dora
         self.places: list[str | None] = []  # the adapter at each
         self.layout: _Layout | None = None
+        self.num_bytes = 0  # of its copies in all layers
         self._last_used: dict[str, int] = {}
         self._step = 0
 
@@ -118,32 +125,55 @@ class Shelf:
 
 
 class LoraTable:
-    """The loaded adapters, at most `max_adapters`, and the assignment of the current step's rows.
+    """The loaded adapters, at most `max_adapters` and `max_bytes`, and the assignment of the current step's rows.
 
     Loading and unloading exchange references and must happen between two steps; the owner sees to it.
     """
 
-    def __init__(self, max_adapters: int) -> None:
+    def __init__(self, max_adapters: int, max_bytes: int | None = None) -> None:
         self.max_adapters = max_adapters
+        self.max_bytes = max_bytes
         self.adapters: dict[str, Adapter] = {}
         self.segments: list[tuple[str, slice]] = []
         self.groups: kernels.Groups | None = None
         self.shelves: list[Shelf] = []  # those with rows in this step
         self._slots: dict[str, int] = {}  # where each layer's table has an adapter
         self._by_kind: dict[tuple[int, bool], Shelf] = {}
+        self._shelf_bytes = 0
+        self._has_said = False
         self._modules: list[MixedLoraLinear] = []
 
     def register(self, module: "MixedLoraLinear") -> None:
         """Let a layer keep its part of every shelf."""
         self._modules.append(module)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the loaded adapters and of what is copied to shelves."""
+        return sum(each.num_bytes for each in list(self.adapters.values())) + self._shelf_bytes
+
+    def size_of(self, adapter: Adapter) -> int:
+        """What an adapter needs of `max_bytes`: itself, and its place on a shelf where there are shelves."""
+        pair = next(iter(adapter.pairs.values()))
+        if kernels.are_usable(pair.a.device, pair.a.dtype):
+            return adapter.num_bytes
+        return adapter.num_bytes + sum(_place_bytes(each, _shelf_rank(adapter)) for each in adapter.pairs.values())
+
     def load(self, adapter: Adapter) -> None:
-        """Take an adapter into use; one that is there is kept. Raises Overloaded when all slots are taken."""
+        """Take an adapter into use; one that is there is kept. Raises Overloaded when slots or bytes are used up."""
         if adapter.digest in self.adapters:
             return
         if len(self.adapters) >= self.max_adapters:
             raise Overloaded(
                 f"all {self.max_adapters} adapter slots of the engine are taken (max_adapters); unload one first"
+            )
+        if self._exceeds(adapter.num_bytes):
+            for shelf in self._by_kind.values():
+                self._clear(shelf)
+        if self._exceeds(adapter.num_bytes):
+            raise Overloaded(
+                f"an adapter of {adapter.num_bytes:,} bytes does not fit beside the engine's others, of "
+                f"{self.num_bytes:,} of {self.max_bytes:,} bytes (adapter_bytes); unload one first"
             )
         slot = next(each for each in range(self.max_adapters) if each not in self._slots.values())
         for module in self._modules:
@@ -192,13 +222,59 @@ class LoraTable:
             rows_of.setdefault(self._shelf(self.adapters[digest]), {})[digest] = rows
         self.shelves = list(rows_of)
         for shelf, mine in rows_of.items():
+            if not self._has_room(shelf, mine, rows_of):
+                self._say_once_that_it_is_slow()
+                self.shelves.remove(shelf)
+                self.segments += [(digest, slice(row, row + 1)) for digest, rows in mine.items() for row in rows]
+                continue
             copied = shelf.arrange(mine, device)
             for module in self._modules if copied else ():
                 module.place(shelf, {place: self.adapters[digest] for place, digest in copied.items()})
+            if copied:
+                self._count(shelf, sum(module.bytes_on(shelf) for module in self._modules))
 
     def _shelf(self, adapter: Adapter) -> Shelf:
-        kind = 1 << (adapter.rank - 1).bit_length(), adapter.is_dora
+        kind = _shelf_rank(adapter), adapter.is_dora
         return self._by_kind.setdefault(kind, Shelf(*kind))
+
+    def _has_room(self, shelf: Shelf, rows_of: Mapping[str, list[int]], others: Collection[Shelf]) -> bool:
+        """Whether what a step needs of a shelf fits; shelves that the step does not use are cleared if need be."""
+        new = rows_of.keys() - set(shelf.places)
+        if self.max_bytes is None or not new:
+            return True
+        pairs: dict[str, LoraPair] = {}
+        for adapter in self.adapters.values():
+            if self._shelf(adapter) is shelf:
+                pairs.update(adapter.pairs)
+        places = _capacity(len(shelf.places) + len(new))
+        wanted = places * sum(_place_bytes(pair, shelf.rank) for pair in pairs.values())
+        if self._exceeds(wanted):  # beside the copies of before, which go one layer after another
+            for each in self._by_kind.values():
+                if each not in others:
+                    self._clear(each)
+        return not self._exceeds(wanted)
+
+    def _say_once_that_it_is_slow(self) -> None:
+        if not self._has_said:
+            self._has_said = True
+            _log.warning(
+                "engine.adapter_bytes of %d leaves no room to lay adapters together: they decode one by one, slowly; "
+                "raise it, or lower engine.max_adapters",
+                self.max_bytes,
+            )
+
+    def _exceeds(self, more: int) -> bool:
+        return self.max_bytes is not None and self.num_bytes + more > self.max_bytes
+
+    def _clear(self, shelf: Shelf) -> None:
+        for module in self._modules:
+            module.clear(shelf)
+        shelf.places.clear()
+        self._count(shelf, 0)
+
+    def _count(self, shelf: Shelf, num_bytes: int) -> None:
+        self._shelf_bytes += num_bytes - shelf.num_bytes
+        shelf.num_bytes = num_bytes
 
 
 class MixedLoraLinear(nn.Module):
@@ -251,6 +327,14 @@ class MixedLoraLinear(nn.Module):
             rescale = 0 if pair.rescale is None else pair.rescale.data_ptr()
             self._slots[slot] = (pair.a.data_ptr(), pair.b.data_ptr(), len(pair.a), rescale)
 
+    def bytes_on(self, shelf: Shelf) -> int:
+        """Of this layer's part of a shelf."""
+        return self._shelves[shelf].num_bytes if shelf in self._shelves else 0
+
+    def clear(self, shelf: Shelf) -> None:
+        """Give up this layer's part of a shelf."""
+        self._shelves.pop(shelf, None)
+
     @torch.inference_mode()
     def place(self, shelf: Shelf, adapters: Mapping[int, Adapter]) -> None:
         """Copy adapters to their places on a shelf, making room for them; ranks are filled up with zeros.
@@ -278,7 +362,7 @@ class MixedLoraLinear(nn.Module):
     def _with_room(self, shelf: Shelf, like: torch.Tensor) -> LoraPair:
         stack, wanted = self._shelves.get(shelf), len(shelf.places)
         if stack is None or len(stack.a) < wanted:
-            capacity = 1 << (wanted - 1).bit_length()
+            capacity = _capacity(wanted)
             a = like.new_zeros(capacity, shelf.rank, self.base.in_features)
             b = like.new_zeros(capacity, shelf.rank, self.base.out_features)
             rescale = None
@@ -291,6 +375,20 @@ class MixedLoraLinear(nn.Module):
                     rescale[: len(stack.rescale)] = stack.rescale
             self._shelves[shelf] = stack = LoraPair(a, b, rescale)
         return stack
+
+
+def _shelf_rank(adapter: Adapter) -> int:
+    return 1 << (adapter.rank - 1).bit_length()
+
+
+def _capacity(places: int) -> int:
+    return 1 << (places - 1).bit_length()
+
+
+def _place_bytes(pair: LoraPair, rank: int) -> int:
+    """Of one layer's place on a shelf."""
+    matrices = pair.a.nbytes + pair.b.nbytes
+    return pair.num_bytes - matrices + rank * matrices // len(pair.a)
 
 
 def _merged(runs: Sequence[RowRun]) -> list[RowRun]:

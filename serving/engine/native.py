@@ -22,7 +22,7 @@ from serving.engine.kv import BlockAllocator
 from serving.engine.lora import LoraTable
 from serving.engine.model import PackedModel
 from serving.engine.pace import Pace
-from serving.engine.protocol import EngineStats, GenerationRequest, Grammar, Quantization, TokenEvent
+from serving.engine.protocol import EngineStats, GenerationRequest, Grammar, MakeRoom, Quantization, TokenEvent
 from serving.engine.scheduler import Limits, Scheduler
 from serving.engine.streams import EventStream, settle
 
@@ -43,6 +43,7 @@ class NativeOptions:
     max_waiting: int = 256
     max_adapters: int = 16
     max_rank: int = 64
+    adapter_bytes: int | None = None  # of all adapters; None: no limit but their number
     prefix_cache: bool = True
     num_threads: int | None = None  # of torch, in this process; None leaves them as they are
 
@@ -113,11 +114,13 @@ class NativeEngine:
                 self._core.cancel(request_id)
                 self._wake.notify()
 
-    async def load_adapter(self, digest: str, folder: Path) -> None:
+    async def load_adapter(self, digest: str, folder: Path, make_room: MakeRoom | None = None) -> None:
         """Read and check beside the loop, take into use between two steps."""
         with self._wake:
-            target = self._serving_core().target
-        adapter = await asyncio.to_thread(read_adapter, digest, folder, target)
+            core = self._serving_core()
+        adapter = await asyncio.to_thread(read_adapter, digest, folder, core.target)
+        if make_room is not None:
+            await make_room(core.size_of(adapter))
         await self._between_steps(lambda core: core.load(adapter))
 
     async def unload_adapter(self, digest: str) -> None:
@@ -225,7 +228,7 @@ def load_core(folder: Path, options: NativeOptions) -> EngineCore:
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     allocator = BlockAllocator(options.kv_tokens // options.block_tokens, options.block_tokens)
-    table = LoraTable(options.max_adapters)
+    table = LoraTable(options.max_adapters, options.adapter_bytes)
     model = PackedModel(
         folder,
         dtype=options.dtype,

@@ -6,7 +6,7 @@ torch, so the HTTP side can build requests with it.
 """
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -17,6 +17,9 @@ MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
 MAX_PENALTY = 2.0  # presence and frequency, either way
 MAX_REPETITION_PENALTY = 1000.0  # and no less than one through it: further out, float32 logits overflow
+
+MakeRoom = Callable[[int], Awaitable[None]]
+"""Awaited by an engine with the bytes that an adapter is about to take in it."""
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 GrammarKind = Literal["json_schema", "regex", "choice", "lark"]
@@ -162,6 +165,8 @@ class EngineStats:
     kv_blocks_used: int = 0
     kv_blocks_total: int = 0
     weight_bytes: int = 0  # of the base, as its tensors say; 0 where another process has them
+    kv_bytes: int = 0  # of the paged pool
+    adapter_bytes: int = 0  # of adapters, and of copies that steps compute with
     adapters: tuple[str, ...] = ()  # digests loaded
     alive: bool = True
 
@@ -199,9 +204,11 @@ class Engine(Protocol):
     def cancel(self, request_id: str) -> None:
         """Stop a request; its memory is free by the next step. An id that already ended is no error."""
 
-    async def load_adapter(self, digest: str, folder: Path) -> None:
+    async def load_adapter(self, digest: str, folder: Path, make_room: MakeRoom | None = None) -> None:
         """Make an adapter servable. Reading and checking happen beside the running steps; taking it into use happens
-        between two. Already loaded is no error. Raises AdapterRefused, and Overloaded when all slots are taken."""
+        between two. In between, an engine whose memory for adapters grows with them awaits `make_room`; what that
+        raises ends the load. Already loaded is no error. Raises AdapterRefused, and Overloaded when all is taken.
+        """
 
     async def unload_adapter(self, digest: str) -> None:
         """Forget an adapter: new requests for it are refused at once, running ones end first, then it is freed and

@@ -23,7 +23,7 @@ from typing import Any
 import aiohttp
 
 from cluster.errors import ModelError, Overloaded, RequestError, UnknownModel
-from serving.engine.protocol import EngineStats, GenerationRequest, Grammar, TokenEvent
+from serving.engine.protocol import EngineStats, GenerationRequest, Grammar, MakeRoom, TokenEvent
 from serving.engine.streams import EventStream, settle
 from serving.engine.vllm_adapters import VllmAdapters
 from serving.engine.vllm_answer import Answer
@@ -113,8 +113,9 @@ class VllmEngine:
             if request_id in self._live:  # and so the loop runs
                 self._loop.call_soon_threadsafe(self._cancel, self._live[request_id])
 
-    async def load_adapter(self, digest: str, folder: Path) -> None:
-        """Have vLLM serve an adapter under its digest; the first one after a start warms that path up, too."""
+    async def load_adapter(self, digest: str, folder: Path, make_room: MakeRoom | None = None) -> None:  # noqa: ARG002
+        """Have vLLM serve an adapter under its digest; the first one after a start warms that path up, too. Its memory
+        for adapters is set aside at the start."""
         with self._lock:
             self._check_serves()
         await asyncio.wrap_future(self._in_loop(lambda: self._adapters.load(digest, folder)))

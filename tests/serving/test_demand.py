@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from cluster.records import AdapterRecord, BaseModelRef
 from serving.demand import HALF_LIFE_S, Demand, Wanted, most_wanted, warm
+from serving.popularity import MAX_REMEMBERED
 from tests.serving.test_adapters import BASE, Bench
 
 OTHER_BASE = BaseModelRef(name="base", revision="r2", licence="apache-2.0")
@@ -44,7 +45,20 @@ def test_the_last_minutes_count_and_the_morning_is_forgotten() -> None:
 def test_answers_of_all_replicas_are_added_and_another_bases_adapters_are_left_out() -> None:
     first = [Wanted(record("a"), 5.0), Wanted(record("b"), 3.0)]
     second = [Wanted(record("old", OTHER_BASE), 99.0), Wanted(record("b"), 3.0), Wanted(record("c"), 1.0)]
-    assert [each.name for each in most_wanted([first, second, []], BASE)] == ["b", "a", "c"]
+    assert [(each.record.name, each.requests) for each in most_wanted([first, second, []], BASE)] == [
+        ("b", 6.0),
+        ("a", 5.0),
+        ("c", 1.0),
+    ]
+
+
+def test_of_too_many_the_most_wanted_are_remembered() -> None:
+    demand = Demand(clock=lambda: 0.0)
+    for number in range(3 * MAX_REMEMBERED):
+        demand.count(record("wanted"))
+        demand.count(record(f"tail{number}"))
+    assert len(demand.wanted()) <= MAX_REMEMBERED
+    assert demand.wanted()[0] == Wanted(record("wanted"), 3 * MAX_REMEMBERED)
 
 
 def test_free_places_are_filled_by_the_most_wanted_and_nothing_is_evicted_for_them(tmp_path: Path) -> None:
@@ -54,9 +68,12 @@ def test_free_places_are_filled_by_the_most_wanted_and_nothing_is_evicted_for_th
 
     async def main() -> None:
         await bench.touch(asked)
-        await warm(bench.cache, 3, [refused, first, asked, second, third])
+        wanted = enumerate([refused, first, asked, second, third])
+        await warm(bench.cache, 3, [Wanted(record, 100 - place) for place, record in wanted])
+        assert bench.names() == ["asked", "1st", "2nd"]
+        await bench.touch(third)  # what is expected the least leaves first
+        assert bench.names() == ["asked", "1st", "3rd"]
 
     asyncio.run(main())
-    assert bench.names() == ["asked", "1st", "2nd"]
     assert bench.engine.loads[asked.digest] == 1
-    assert bench.engine.loads[third.digest] == 0
+    assert bench.engine.loads[third.digest] == 1
