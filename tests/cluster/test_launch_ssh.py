@@ -41,7 +41,6 @@ def test_a_cluster_over_ssh_comes_up_closed_works_and_goes(tmp_path: Path) -> No
     ]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, timeout=500)
-    seen = json.loads(done.stdout.splitlines()[-1])
     check(json.loads(done.stdout.splitlines()[-1]), done.stderr)
 
 
