@@ -137,9 +137,8 @@ def wait_for(what: str, there: Callable[[], bool]) -> dict[str, Any]:
 
 
 def luthier(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cluster", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
-    )
+    command = [sys.executable, "-m", "cluster", *arguments]
+    return subprocess.run(command, cwd=Path.home(), capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def prepare(folder: Path) -> Path:
@@ -151,7 +150,7 @@ def prepare(folder: Path) -> Path:
     home = folder / "home"
     (folder / "ray").mkdir()
     home.mkdir()
-    os.environ["HOME"] = str(home)
+    os.environ |= {"HOME": str(home), "PYTHONPATH": str(ROOT)}
     Path("/tmp/ray").mkdir(exist_ok=True)
     subprocess.run(["mount", "--bind", str(folder / "ray"), "/tmp/ray"], check=True)
     for key in ("key", "host_key"):
@@ -213,7 +212,7 @@ def jobs(file: str, folder: Path) -> dict[str, Any]:
     (folder / "job.py").write_text(JOB)
     tunnel = subprocess.Popen(
         [sys.executable, "-m", "cluster", "dashboard", file],
-        cwd=ROOT,
+        cwd=Path.home(),
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     )
