@@ -346,7 +346,13 @@ def local_ray() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def recipes() -> tuple[LoraRecipe, ...]:
-    """Seven adapters that differ in rank, targets and scaling; the last two are of DoRA."""
+    """Five adapters that differ in rank, targets and scaling."""
+    return RECIPES
+
+
+@pytest.fixture(scope="session")
+def every_recipe() -> tuple[LoraRecipe, ...]:
+    """Those five, and two of DoRA."""
     return RECIPES + DORAS
 
 

@@ -34,6 +34,12 @@ def model(tiny: Tiny) -> TinyModel:
 
 
 @pytest.fixture(scope="module")
+def recipes(every_recipe: tuple[LoraRecipe, ...]) -> tuple[LoraRecipe, ...]:
+    """The last two are of DoRA."""
+    return every_recipe
+
+
+@pytest.fixture(scope="module")
 def target(model: TinyModel, drive: Drive) -> Target:
     return drive(model, max_rank=8).core.target
 

@@ -38,6 +38,12 @@ def model(tiny: Tiny) -> TinyModel:
     return tiny("gemma3")
 
 
+@pytest.fixture(scope="module")
+def recipes(every_recipe: tuple[LoraRecipe, ...]) -> tuple[LoraRecipe, ...]:
+    """DoRA takes part in everything here."""
+    return every_recipe
+
+
 @pytest.fixture(scope="module", params=["compiler", "no compiler"])
 def compiler(request: pytest.FixtureRequest) -> Iterator[None]:
     """With our kernels, and without."""

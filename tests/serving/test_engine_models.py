@@ -30,13 +30,13 @@ FAMILIES = ["llama", "qwen3", "mistral", "gemma2", "gemma3", "gemma3_multimodal"
 
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_mixed_batch_equals_generate(
-    architecture: str, tiny: Tiny, drive: Drive, recipes: tuple[LoraRecipe, ...]
+    architecture: str, tiny: Tiny, drive: Drive, every_recipe: tuple[LoraRecipe, ...]
 ) -> None:
     model = tiny(architecture)
     driver = drive(model)
-    for adapter in recipes:
+    for adapter in every_recipe:
         driver.load(adapter)
-    choices = (None, *recipes)
+    choices = (None, *every_recipe)
     wanted: dict[str, tuple[LoraRecipe | None, list[int], int]] = {}
     # Prompts from one token to longer than a whole step; arrivals one step apart, so that prefill meets decode.
     for index, length in enumerate((1, 5, 60, 33, 2, 110, 17, 40, 3, 70, 4, 25)):
@@ -136,6 +136,22 @@ def test_half_precision_runs(
             params = SamplingParams(max_tokens=3, temperature=0, logprobs=1)
             each.add(str(index), model.prompt(1, 40), digest, params)
         each.run()
-    for index in range(1 + len(recipes)):
+    for index in range(6):
         ours, theirs = driver.events[str(index)][0].top_logprobs[0], exact.events[str(index)][0].top_logprobs[0]
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=0.5)
+
+
+def test_half_precision_runs_dora(tiny: Tiny, drive: Drive, every_recipe: tuple[LoraRecipe, ...]) -> None:
+    """Prompts short and long, beside plain LoRA: the first logits are near those of float32."""
+    model, recipes = tiny("llama"), every_recipe[-3:]
+    driver, exact = drive(model, dtype="bfloat16"), drive(model)
+    for each in (driver, exact):
+        for recipe in recipes:
+            each.load(recipe)
+            for length in (4, 40):
+                params = SamplingParams(max_tokens=3, temperature=0, logprobs=1)
+                each.add(f"{recipe.seed} {length}", model.prompt(1, length), model.digest(recipe), params)
+        each.run()
+    for id_ in exact.events:
+        ours, theirs = driver.events[id_][0].top_logprobs[0], exact.events[id_][0].top_logprobs[0]
         assert ours.logprob == pytest.approx(theirs.logprob, abs=0.5)

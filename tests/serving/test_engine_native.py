@@ -67,8 +67,8 @@ def endless_prompt(model: TinyModel, recipe: LoraRecipe | None, max_tokens: int)
     return next(each for each in prompts if len(model.expected(recipe, each, max_tokens).tokens) == max_tokens)
 
 
-def test_32_requests_over_all_adapters_and_the_base(model: TinyModel, recipes: Recipes) -> None:
-    choices = (None, *recipes)
+def test_32_requests_over_all_adapters_and_the_base(model: TinyModel, every_recipe: Recipes) -> None:
+    choices = (None, *every_recipe)
     jobs = [(choices[index % 8], model.prompt(index % 7, 3 + 9 * (index % 7))) for index in range(32)]
 
     async def client(engine: Engine, index: int, turns: int) -> list[int]:
@@ -78,7 +78,7 @@ def test_32_requests_over_all_adapters_and_the_base(model: TinyModel, recipes: R
         return await tokens_of(engine, greedy(str(index), prompt, model.digest(recipe)))
 
     async def main(engine: Engine) -> list[list[int]]:
-        for recipe in recipes:
+        for recipe in every_recipe:
             await load(engine, model, recipe)
         turns = random.Random(3)
         return await asyncio.gather(*(client(engine, index, turns.randrange(50)) for index in range(32)))
