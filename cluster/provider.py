@@ -107,7 +107,7 @@ class LocalNodes(NodeProvider):  # type: ignore[misc]  # Ray's base class has no
             # By these the autoscaler knows a Ray node for the one that it has asked for.
             "RAY_CLOUD_INSTANCE_ID": node_id,
             "RAY_NODE_TYPE_NAME": tags[TAG_RAY_USER_NODE_TYPE],
-            "RAY_OVERRIDE_LABELS": json.dumps(labels),  # `ray start --labels` refuses Ray's own
+            "RAY_OVERRIDE_LABELS": json.dumps(labels),
         }
         variables.pop(env.RAY_ADDRESS, None)
         node = processes.start_ray(

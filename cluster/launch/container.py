@@ -14,9 +14,10 @@ _FILE = """\
 #   docker inspect --format '{{{{index .RepoDigests 0}}}}' REGISTRY/luthier:TAG    (the cluster's `image`)
 FROM {base}
 
-# g++ for Luthier's and DeepSpeed's operations; ssh and rsync for Ray's autoscaler; wget for KubeRay's probes.
+# g++ for Luthier's and DeepSpeed's operations; ssh and rsync for Ray's autoscaler; wget for KubeRay's probes;
+# procps for what starts our watchers again.
 RUN apt-get update \\
- && apt-get install --yes --no-install-recommends g++ openssh-client rsync wget \\
+ && apt-get install --yes --no-install-recommends g++ openssh-client procps rsync wget \\
  && rm -rf /var/lib/apt/lists/* \\
  && useradd --create-home --uid 1000 ray
 

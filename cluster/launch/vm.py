@@ -61,6 +61,7 @@ def start(
     first = f"{environment(provider.usage_stats)} ulimit -n {_ULIMIT};"
     autoscaler = f"export RAY_enable_autoscaler_v2={int(not isinstance(provider, OnPremises))};"
     ports = "--object-manager-port=8076"
+    spot = not isinstance(provider, OnPremises) and any(each.market == "spot" for each in provider.groups.values())
     marked = f" --labels={','.join(f'{key}={value}' for key, value in labels.items())}" if labels else ""
     return {
         "upscaling_speed": 1.0,
@@ -75,12 +76,20 @@ def start(
             f"{ray} stop",
             f"{first} {autoscaler} {ray} start --head --port=6379 {ports} --dashboard-host=127.0.0.1 "
             "--num-cpus=0 --num-gpus=0 --autoscaling-config=~/ray_bootstrap_config.yaml",
+            *([f"{first} {_beside('market', '--config=$HOME/ray_bootstrap_config.yaml --gcs=localhost:6379')}"] * spot),
         ],
         "worker_start_ray_commands": [
             f"{ray} stop",
             f"{first} {ray} start --address=$RAY_HEAD_IP:6379 {ports}{marked}",
+            *([f"{first} {_beside('spot', f'{provider.kind} --gcs=$RAY_HEAD_IP:6379')}"] * spot),
         ],
     }
+
+
+def _beside(module: str, options: str) -> str:
+    """Shell words that start one of our watchers beside Ray, in place of one that is still there."""
+    command, log = f"python -m cluster.{module}", f"$HOME/luthier-{module}.log"
+    return f"pkill -f '^{command} '; setsid nohup {command} {options} > {log} 2>&1 < /dev/null &"
 
 
 def environment(usage_stats: bool) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from cluster.errors import ConfigError
 from cluster.launch.release import Release
+from cluster.launch.spec import MARKET
 from tests.cluster.shipped import (
     CLOUDS,
     LAUNCHED,
@@ -51,11 +52,11 @@ def test_nothing_is_open(name: str) -> None:
 def test_ray_starts_closed_on_machines(name: str) -> None:
     ours = launcher(name)
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
-        start = ours[key][-1]
+        (start,) = (command for command in ours[key] if "ray start " in command)
         assert "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=~/luthier-cluster/token" in start
         assert "RAY_USAGE_STATS_ENABLED=0" in start
         assert "0.0.0.0" not in start
-    head = ours["head_start_ray_commands"][-1]
+    (head,) = (command for command in ours["head_start_ray_commands"] if "ray start " in command)
     assert "--dashboard-host=127.0.0.1" in head
     assert "--num-cpus=0 --num-gpus=0" in head
     assert ours["file_mounts"]["~/luthier-cluster"] == f"~/.luthier/clusters/{name}"
@@ -64,6 +65,17 @@ def test_ray_starts_closed_on_machines(name: str) -> None:
         assert ours["available_node_types"]["head"]["resources"] == {"CPU": 0}
         assert "accessConfigs" not in str(ours)  # a public address, on Google Cloud
         assert {"--cap-drop=ALL", "--security-opt=no-new-privileges"} <= set(ours["docker"]["run_options"])
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_spot_nodes_are_watched_where_the_cloud_tells_it(name: str) -> None:
+    ours = launcher(name)
+    groups = ours["available_node_types"].values()
+    assert any(group.get("labels", {}).get(MARKET) == "spot" for group in groups)
+    assert f"python -m cluster.spot {name} --gcs=$RAY_HEAD_IP:6379" in ours["worker_start_ray_commands"][-1]
+    market = ours["head_start_ray_commands"][-1]
+    assert "python -m cluster.market --config=$HOME/ray_bootstrap_config.yaml --gcs=localhost:6379" in market
+    assert "export RAY_AUTH_MODE=token" in market
 
 
 def test_the_heads_rights_end_at_its_own_cluster() -> None:
