@@ -1,0 +1,275 @@
+"""The most memory that one worker holds, by part, from the recipe and the model's shape: no torch.
+
+With P parameters held in b bytes, T of them trained, N workers, and a micro-batch of t tokens, three moments of a step
+compete, and the largest is the peak:
+
+    loss        all activations are there, the logits, and the gradients of earlier micro-batches
+    backward    the last micro-batch's backward pass ends: gradients are whole, and in buckets on their way
+    update      AdamW's step, with its temporary tensors
+
+What stays through all of them (Rajbhandari et al. 2019, table 1, corrected by what DeepSpeed 0.19 does):
+
+    weights     b·P, from stage 3 on b·P/N
+    optimizer   two fp32 moments, and an fp32 copy of the weights where DeepSpeed wraps the optimizer (`_master_bytes`)
+    gradients   b·T, from stage 2 on b·T/N
+
+Terms are derived from the code that allocates; each function says which. Those that are measured instead say where.
+`scripts/bench plan` compares the sum with real workers, on CPUs.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from cluster.models import Shape
+from jobs.config import LoraConfig, Recipe
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+RUNTIME_BYTES = 535 * MIB
+"""A worker with nothing loaded: Python, torch, Ray, DeepSpeed and transformers imported, gloo joined, the libraries of
+the first step. Measured by `scripts/bench plan` (2026-11-26, torch 2.13 for CPUs, Ray 2.60, DeepSpeed 0.19.8)."""
+
+GPU_CONTEXT_BYTES = 1_200 * MIB
+"""CUDA's context and kernels, cuBLAS's workspace, NCCL's channels. Not measured here: users report 0.5 to 1.5 GiB."""
+
+SNAPSHOTS = 2
+"""Shards that jobs/saver.py keeps: it takes turns between two, once two checkpoints have been made."""
+
+LOSS_CHUNK = 1024  # of jobs/kernels.py, which imports torch
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's reduce_bucket_size, which jobs/zero.py leaves alone."""
+LIVE_ELEMENTS = 1_000_000_000
+"""DeepSpeed's stage3_max_live_parameters: gathered weights that may wait for their next use."""
+
+UNTRIED_RESERVE = 0.05
+"""CUDA's caching allocator: what it holds and cannot hand out. Not measured here."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One worker's memory at its peak, in bytes by part, and the moment of the step that it is at.
+
+    Attributes:
+        runtime: libraries and, on a GPU, CUDA's context.
+        activations: what forward keeps for backward, with attention's; and at the end of backward one layer's.
+        logits: of the supervised positions, all of them at worst, with softmax and gradient.
+        buffers: gradients in buckets, gathered weights (stage 3), temporary tensors of the update.
+        checkpoints: snapshots on their way to the store; on a GPU they are in the host's memory instead.
+        allocator: what is free and cannot be used, because blocks do not fit.
+    """
+
+    moment: str
+    runtime: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    buffers: int
+    checkpoints: int
+    allocator: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by part."""
+        return {name: value for name, value in asdict(self).items() if name != "moment"}
+
+
+def peak(recipe: Recipe, shape: Shape, stage: int) -> Memory:
+    """The peak of one of `recipe.train.fewest` workers at a ZeRO stage."""
+    sizes = _Sizes.of(recipe, shape, stage)
+    return max((_at_loss(sizes), _at_backward(sizes), _at_update(sizes)), key=lambda memory: memory.total)
+
+
+def trained_parameters(recipe: Recipe, shape: Shape) -> int:
+    """Parameters that get gradients: all, or rank·(in + out) for each adapted linear layer."""
+    method = recipe.method
+    if not isinstance(method, LoraConfig):
+        return shape.parameters
+    sides = (sum(_sides(shape, name)) for name in targets(method))
+    return shape.num_hidden_layers * method.rank * sum(sides)
+
+
+def targets(method: LoraConfig) -> tuple[str, ...]:
+    """The adapted linear layers of one decoder layer."""
+    return tuple(_LINEAR) if method.targets == "all-linear" else method.targets
+
+
+_LINEAR: dict[str, Callable[[Shape], tuple[int, int]]] = {
+    "q_proj": lambda shape: (shape.hidden_size, shape.query_size),
+    "k_proj": lambda shape: (shape.hidden_size, shape.key_size),
+    "v_proj": lambda shape: (shape.hidden_size, shape.key_size),
+    "o_proj": lambda shape: (shape.query_size, shape.hidden_size),
+    "gate_proj": lambda shape: (shape.hidden_size, shape.intermediate_size),
+    "up_proj": lambda shape: (shape.hidden_size, shape.intermediate_size),
+    "down_proj": lambda shape: (shape.intermediate_size, shape.hidden_size),
+}
+
+
+def _sides(shape: Shape, name: str) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; one of another name is taken for a square of the hidden size."""
+    return _LINEAR[name](shape) if name in _LINEAR else (shape.hidden_size, shape.hidden_size)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What the terms are made of, in the letters of the docstring above. `kept` is T, or this worker's share of it."""
+
+    recipe: Recipe
+    shape: Shape
+    stage: int
+    is_gpu: bool
+    is_full: bool
+    width: int
+    workers: int
+    trained: int
+    kept: int
+    tokens: int
+    accumulates: bool
+
+    @classmethod
+    def of(cls, recipe: Recipe, shape: Shape, stage: int) -> "_Sizes":
+        train = recipe.train
+        trained = trained_parameters(recipe, shape)
+        return cls(
+            recipe=recipe,
+            shape=shape,
+            stage=stage,
+            is_gpu=recipe.cluster.accelerator == "gpu",
+            is_full=recipe.method.kind == "full",
+            width=2 if recipe.model.dtype == "bf16" else 4,
+            workers=train.fewest,
+            trained=trained,
+            kept=trained // train.fewest if stage else trained,
+            tokens=train.micro_batch * recipe.data.sequence_length,
+            accumulates=-(-train.global_batch // train.fewest) > train.micro_batch,
+        )
+
+
+def _at_loss(sizes: _Sizes) -> Memory:
+    """Logits and all activations; and of earlier micro-batches the gradients, where there are any."""
+    gradients = sizes.width * (sizes.kept if sizes.stage >= 2 else sizes.trained) if sizes.accumulates else 0
+    return _memory(
+        sizes, "loss", gradients=gradients, activations=_activations(sizes), logits=_logits(sizes), buffers=0
+    )
+
+
+def _at_backward(sizes: _Sizes) -> Memory:
+    """The gradients of all trained weights, in their buckets; of the activations the last layer's and its gradients.
+
+    Stage 0: every gradient, and a flat copy for the reduction (engine.py, allreduce_bucket), also with one worker.
+    Stage 1: the same in a bucket of DeepSpeed's, and its copy. Stages 2 and 3: the shares that have been reduced, the
+    bucket, and its copy. A bucket is allocated whole, and on a CPU only counts where it was written.
+    """
+    whole = sizes.width * min(sizes.trained, BUCKET_ELEMENTS)
+    bucket = sizes.width * BUCKET_ELEMENTS if sizes.is_gpu else whole
+    gradients = sizes.width * (sizes.kept if sizes.stage >= 2 else sizes.trained)
+    one_layer = _layer(sizes) + sizes.width * sizes.tokens * (
+        3 * sizes.shape.intermediate_size + 4 * sizes.shape.hidden_size
+    )
+    buffers = whole + (bucket if sizes.stage else 0)
+    return _memory(sizes, "backward", gradients=gradients, activations=one_layer, logits=0, buffers=buffers)
+
+
+def _at_update(sizes: _Sizes) -> Memory:
+    """AdamW: an fp32 gradient where it was not one, and temporary tensors.
+
+    On GPUs torch updates all tensors together, with one temporary tensor for each (√v); on CPUs one after another,
+    with two. From stage 1 on there is one tensor, flat.
+    """
+    gradients = sizes.width * (sizes.kept if sizes.stage >= 2 else sizes.trained)
+    in_fp32 = 4 * sizes.kept if sizes.stage or sizes.width == 2 else 0
+    largest = _largest(sizes) if sizes.stage == 0 else sizes.kept
+    scratch = 4 * sizes.kept if sizes.is_gpu else 8 * largest
+    return _memory(sizes, "update", gradients=gradients, activations=0, logits=0, buffers=in_fp32 + scratch)
+
+
+def _memory(sizes: _Sizes, moment: str, gradients: int, activations: int, logits: int, buffers: int) -> Memory:
+    """With what stays through all moments of a step."""
+    shape, stage, width = sizes.shape, sizes.stage, sizes.width
+    gathered = width * min(shape.parameters, LIVE_ELEMENTS) if stage == 3 and moment != "update" else 0
+    bucket = width * BUCKET_ELEMENTS if stage == 3 and sizes.is_gpu and moment != "backward" else 0
+    # Plain fp32 at stage 0 is updated in place; at stage 3 the shards are the master copy.
+    master = 0 if width == 4 and stage in (0, 3) else 4 * sizes.kept
+    buffers += gathered + bucket
+    transient = activations + logits + buffers
+    return Memory(
+        moment=moment,
+        runtime=GPU_CONTEXT_BYTES if sizes.is_gpu else RUNTIME_BYTES,
+        weights=width * shape.parameters // (sizes.workers if stage == 3 else 1),
+        gradients=gradients,
+        optimizer=8 * sizes.kept + master,
+        activations=activations,
+        logits=logits,
+        buffers=buffers,
+        checkpoints=0 if sizes.is_gpu else snapshot_bytes(sizes.recipe, sizes.trained),
+        allocator=int(UNTRIED_RESERVE * transient) if sizes.is_gpu else 0,
+    )
+
+
+def snapshot_bytes(recipe: Recipe, trained: int) -> int:
+    """Host memory of a worker's checkpoints on their way: fp32 weight and moments, each element on one worker."""
+    train, every = recipe.train, recipe.checkpoint.every_steps
+    is_once = every is None or (train.steps is not None and train.steps <= every)
+    return (1 if is_once else SNAPSHOTS) * 12 * trained // train.fewest
+
+
+def _largest(sizes: _Sizes) -> int:
+    """Elements of the largest trained tensor."""
+    shape, method = sizes.shape, sizes.recipe.method
+    if isinstance(method, LoraConfig):
+        return method.rank * max(max(_sides(shape, name)) for name in targets(method))
+    return shape.hidden_size * max(shape.vocab_size, shape.intermediate_size)
+
+
+def _activations(sizes: _Sizes) -> int:
+    """What forward keeps: every layer's, or with checkpointing each layer's input alone; and the last norm's."""
+    shape, layers = sizes.shape, sizes.shape.num_hidden_layers
+    last = (4 + sizes.width) * sizes.tokens * shape.hidden_size
+    if sizes.recipe.train.activation_checkpointing:
+        return sizes.width * sizes.tokens * shape.hidden_size * layers + last
+    return _layer(sizes) * layers + last
+
+
+def _layer(sizes: _Sizes) -> int:
+    """What autograd keeps of one decoder layer, read from transformers' modules and jobs/kernels.py.
+
+    A norm keeps its input in fp32, and where its weight is trained the normalised input too. A linear layer keeps its
+    input where it, or its adapter, is trained. Attention keeps queries, keys, values, its output and a logarithm for
+    each head; the row's output is a copy, put together from the samples'. The gated MLP keeps both of its branches and
+    the activated one.
+    """
+    shape, method, b = sizes.shape, sizes.recipe.method, sizes.width
+    is_gemma = shape.model_type.startswith("gemma")
+    has_query_norm = is_gemma or shape.model_type.startswith("qwen3")
+    normed = (4 if is_gemma else 2) * shape.hidden_size
+    normed += shape.query_size + shape.key_size if has_query_norm else 0
+    norms = 4 * normed + (normed * (4 if is_gemma else b) if sizes.is_full else 0)
+    adapted = targets(method) if isinstance(method, LoraConfig) else tuple(_LINEAR)
+    inputs = {  # one for all layers that read the same
+        "attention": shape.hidden_size if {"q_proj", "k_proj", "v_proj"} & set(adapted) else 0,
+        "output": shape.query_size if "o_proj" in adapted else 0,
+        "mlp": shape.hidden_size if {"gate_proj", "up_proj"} & set(adapted) else 0,
+        "down": shape.intermediate_size if "down_proj" in adapted else 0,
+    }
+    attention = b * (2 * shape.query_size + 2 * shape.key_size) + 4 * shape.num_attention_heads
+    adapter = 0
+    if isinstance(method, LoraConfig):
+        dropped = sum((b + 1) * _sides(shape, name)[0] for name in adapted) if method.dropout else 0
+        adapter = b * method.rank * len(adapted) + dropped
+    return sizes.tokens * (norms + b * sum(inputs.values()) + attention + 3 * b * shape.intermediate_size + adapter)
+
+
+def _logits(sizes: _Sizes) -> int:
+    """jobs/kernels.py's loss in its backward pass, all positions supervised: the logits, their gradient in parts that
+    are then joined, and a part's softmax in fp32."""
+    positions, b, vocabulary = sizes.tokens, sizes.width, sizes.shape.vocab_size
+    softmax = 4 * min(positions, LOSS_CHUNK)
+    parts = b * positions if b < 4 or positions > LOSS_CHUNK else 0
+    joined = b * positions if positions > LOSS_CHUNK else 0
+    in_chunks = parts + softmax if b < 4 else max(parts, softmax)
+    return vocabulary * (b * positions + max(in_chunks, parts + joined))
