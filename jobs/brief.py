@@ -48,10 +48,8 @@ def _what(survey: Survey) -> Iterator[tuple[str, str]]:
 
 def _batch(survey: Survey) -> Iterator[tuple[str, str]]:
     recipe, plan, work = survey.recipe, survey.plan, survey.work
-    yield (
-        "step",
-        f"{plan.global_batch} sequences of {recipe.data.sequence_length:,} tokens, at most {plan.tokens_per_step:,} in all",
-    )
+    length = recipe.data.sequence_length
+    yield "step", f"{plan.global_batch} sequences of {length:,} tokens, at most {plan.tokens_per_step:,} in all"
     yield "workers", _sharing(plan)
     if survey.at_most:
         yield "", _sharing(survey.at_most)
@@ -86,7 +84,7 @@ def _memory(survey: Survey) -> Iterator[tuple[str, str]]:
             yield f"  {name}", f"{value / GIB:8.2f} GiB  {_MEANING[name]}"
     yield "  total", f"{plan.total_bytes / GIB:8.2f} GiB  of {plan.memory_bytes / GIB:.2f}"
     if survey.recipe.cluster.accelerator == "gpu":
-        yield "", "           formulas checked on CPUs; runtime and allocator of a GPU are assumed, not measured"
+        yield "", "the formulas were checked on CPUs; runtime and allocator are assumptions for a GPU"
 
 
 def _elsewhere(survey: Survey) -> Iterator[tuple[str, str]]:

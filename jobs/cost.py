@@ -184,4 +184,4 @@ def _money(gpu_hours: Span, gpu: GpuType) -> Span:
 def _offers(gpu: GpuType) -> str:
     ordered = sorted(gpu.prices, key=lambda price: price.usd_per_hour)
     ends = ordered[:1] + ordered[1:][-1:]
-    return ", ".join(f"${each.usd_per_hour:.2f} an hour ({each.offer}, {each.read_on})" for each in ordered)
+    return ", ".join(f"${each.usd_per_hour:.2f} an hour ({each.offer}, {each.read_on})" for each in ends)

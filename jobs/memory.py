@@ -39,11 +39,21 @@ SNAPSHOTS = 2
 LOSS_CHUNK = 1024  # of jobs/kernels.py, which imports torch
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's reduce_bucket_size, which jobs/zero.py leaves alone."""
+SUB_GROUP_ELEMENTS = 1_000_000_000
+"""DeepSpeed's sub_group_size: what stage 3 updates at a time."""
 LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters: gathered weights that may wait for their next use."""
 
 UNTRIED_RESERVE = 0.05
 """CUDA's caching allocator: what it holds and cannot hand out. Not measured here."""
+
+ARENA_BYTES = 64 * MIB
+"""glibc's heaps for threads other than the main one; larger blocks are mapped, and go back whole."""
+
+HOLES = 1.0
+"""A CPU worker's heap holds as much again as its layers allocate in a step. Before glibc 2.38, a freed block of an
+aligned allocation (all of torch's) is too small for the next one of its own size, and the heap grows instead.
+Measured as 0.8 to 1.2 of it with 3, 8 and 16 layers, with and without recomputing (2026-11-26, glibc 2.36)."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,11 @@ def peak(recipe: Recipe, shape: Shape, stage: int) -> Memory:
     """The peak of one of `recipe.train.fewest` workers at a ZeRO stage."""
     sizes = _Sizes.of(recipe, shape, stage)
     return max((_at_loss(sizes), _at_backward(sizes), _at_update(sizes)), key=lambda memory: memory.total)
+
+
+def activations(recipe: Recipe, shape: Shape) -> int:
+    """Bytes that the forward pass of one micro-batch keeps for the backward pass, without the logits."""
+    return _activations(_Sizes.of(recipe, shape, stage=0))
 
 
 def trained_parameters(recipe: Recipe, shape: Shape) -> int:
@@ -153,9 +168,8 @@ class _Sizes:
 def _at_loss(sizes: _Sizes) -> Memory:
     """Logits and all activations; and of earlier micro-batches the gradients, where there are any."""
     gradients = sizes.width * (sizes.kept if sizes.stage >= 2 else sizes.trained) if sizes.accumulates else 0
-    return _memory(
-        sizes, "loss", gradients=gradients, activations=_activations(sizes), logits=_logits(sizes), buffers=0
-    )
+    kept, logits = _activations(sizes), _logits(sizes)
+    return _memory(sizes, "loss", gradients, activations=kept, logits=logits, buffers=0)
 
 
 def _at_backward(sizes: _Sizes) -> Memory:
@@ -172,31 +186,33 @@ def _at_backward(sizes: _Sizes) -> Memory:
         3 * sizes.shape.intermediate_size + 4 * sizes.shape.hidden_size
     )
     buffers = whole + (bucket if sizes.stage else 0)
-    return _memory(sizes, "backward", gradients=gradients, activations=one_layer, logits=0, buffers=buffers)
+    return _memory(sizes, "backward", gradients, activations=one_layer, logits=0, buffers=buffers)
 
 
 def _at_update(sizes: _Sizes) -> Memory:
     """AdamW: an fp32 gradient where it was not one, and temporary tensors.
 
     On GPUs torch updates all tensors together, with one temporary tensor for each (√v); on CPUs one after another,
-    with two. From stage 1 on there is one tensor, flat.
+    with two. From stage 1 on there is one tensor, flat; at stage 3 one for each SUB_GROUP_ELEMENTS.
     """
     gradients = sizes.width * (sizes.kept if sizes.stage >= 2 else sizes.trained)
-    in_fp32 = 4 * sizes.kept if sizes.stage or sizes.width == 2 else 0
-    largest = _largest(sizes) if sizes.stage == 0 else sizes.kept
-    scratch = 4 * sizes.kept if sizes.is_gpu else 8 * largest
-    return _memory(sizes, "update", gradients=gradients, activations=0, logits=0, buffers=in_fp32 + scratch)
+    together = min(sizes.kept, SUB_GROUP_ELEMENTS) if sizes.stage == 3 else sizes.kept
+    in_fp32 = 4 * together if sizes.stage or sizes.width == 2 else 0
+    largest = together if sizes.stage else _largest(sizes)
+    scratch = 4 * together if sizes.is_gpu else 8 * largest
+    return _memory(sizes, "update", gradients, activations=0, logits=0, buffers=in_fp32 + scratch)
 
 
 def _memory(sizes: _Sizes, moment: str, gradients: int, activations: int, logits: int, buffers: int) -> Memory:
     """With what stays through all moments of a step."""
     shape, stage, width = sizes.shape, sizes.stage, sizes.width
     gathered = width * min(shape.parameters, LIVE_ELEMENTS) if stage == 3 and moment != "update" else 0
-    bucket = width * BUCKET_ELEMENTS if stage == 3 and sizes.is_gpu and moment != "backward" else 0
+    bucket = width * BUCKET_ELEMENTS if stage == 3 and moment != "backward" else 0
     # Plain fp32 at stage 0 is updated in place; at stage 3 the shards are the master copy.
     master = 0 if width == 4 and stage in (0, 3) else 4 * sizes.kept
-    buffers += gathered + bucket
-    transient = activations + logits + buffers
+    # A bucket of stage 3 stays written on a CPU too, from the first backward pass on.
+    written = width * min(sizes.trained, BUCKET_ELEMENTS) if stage == 3 and moment != "backward" else 0
+    buffers += gathered + (bucket if sizes.is_gpu else written)
     return Memory(
         moment=moment,
         runtime=GPU_CONTEXT_BYTES if sizes.is_gpu else RUNTIME_BYTES,
@@ -207,8 +223,33 @@ def _memory(sizes: _Sizes, moment: str, gradients: int, activations: int, logits
         logits=logits,
         buffers=buffers,
         checkpoints=0 if sizes.is_gpu else snapshot_bytes(sizes.recipe, sizes.trained),
-        allocator=int(UNTRIED_RESERVE * transient) if sizes.is_gpu else 0,
+        allocator=(
+            int(UNTRIED_RESERVE * (activations + logits + buffers))
+            if sizes.is_gpu
+            else _unused_heap(sizes, activations, is_loss=moment == "loss")
+        ),
     )
+
+
+def _unused_heap(sizes: _Sizes, activations: int, is_loss: bool) -> int:
+    """What a CPU worker's heap holds besides `activations` and, at the loss, the logits: it never shrinks.
+
+    Allocated in a step are what all layers keep (recomputing allocates it too), logits up to ARENA_BYTES, and with
+    stage 3 the gathered weights, the trained shards before DeepSpeed put them into one buffer, and peft's own LoRA
+    layer, which makes two more tensors of each output.
+    """
+    shape, method, width = sizes.shape, sizes.recipe.method, sizes.width
+    layers = _layer(sizes) * shape.num_hidden_layers
+    logits = sum(block for block in _logit_blocks(sizes) if block <= ARENA_BYTES)
+    gathered = adapters = 0
+    if sizes.stage == 3:
+        gathered = width * (min(shape.parameters, LIVE_ELEMENTS) + sizes.kept)
+        if isinstance(method, LoraConfig):
+            outputs = sum(_sides(shape, name)[1] for name in targets(method))
+            adapters = 2 * width * sizes.tokens * outputs * shape.num_hidden_layers
+    highest = _activations(sizes) + logits + (_layer(sizes) if sizes.recipe.train.activation_checkpointing else 0)
+    live = activations + (logits if is_loss else 0)
+    return int(HOLES * (layers + logits + gathered + adapters)) + max(0, highest - live)
 
 
 def snapshot_bytes(recipe: Recipe, trained: int) -> int:
@@ -227,28 +268,33 @@ def _largest(sizes: _Sizes) -> int:
 
 
 def _activations(sizes: _Sizes) -> int:
-    """What forward keeps: every layer's, or with checkpointing each layer's input alone; and the last norm's."""
+    """What forward keeps: every layer's, or with checkpointing each layer's input alone; and both ends'."""
     shape, layers = sizes.shape, sizes.shape.num_hidden_layers
-    last = (4 + sizes.width) * sizes.tokens * shape.hidden_size
-    if sizes.recipe.train.activation_checkpointing:
-        return sizes.width * sizes.tokens * shape.hidden_size * layers + last
-    return _layer(sizes) * layers + last
+    recompute, hidden = sizes.recipe.train.activation_checkpointing, sizes.tokens * shape.hidden_size
+    # The last norm and the output layer. Where only adapters are trained, the first norm has no gradient to pass on
+    # and keeps nothing, which is as much as the last one does; but recomputing asks for the embedding's gradient.
+    normalised = 4 if shape.model_type.startswith("gemma") else sizes.width
+    ends = (4 + normalised + sizes.width) * hidden if sizes.is_full else 4 * hidden * recompute
+    return ends + layers * (sizes.width * hidden if recompute else _layer(sizes))
 
 
 def _layer(sizes: _Sizes) -> int:
     """What autograd keeps of one decoder layer, read from transformers' modules and jobs/kernels.py.
 
-    A norm keeps its input in fp32, and where its weight is trained the normalised input too. A linear layer keeps its
-    input where it, or its adapter, is trained. Attention keeps queries, keys, values, its output and a logarithm for
-    each head; the row's output is a copy, put together from the samples'. The gated MLP keeps both of its branches and
-    the activated one.
+    A norm keeps its input in fp32 and its inverse root, and where its weight is trained the normalised input too. A
+    linear layer keeps its input where it, or its adapter, is trained. Attention keeps queries, keys, values, its output
+    and a logarithm for each head; the row's output is a copy, put together from the samples'. The gated MLP keeps both
+    of its branches and the activated one.
     """
     shape, method, b = sizes.shape, sizes.recipe.method, sizes.width
     is_gemma = shape.model_type.startswith("gemma")
     has_query_norm = is_gemma or shape.model_type.startswith("qwen3")
     normed = (4 if is_gemma else 2) * shape.hidden_size
-    normed += shape.query_size + shape.key_size if has_query_norm else 0
-    norms = 4 * normed + (normed * (4 if is_gemma else b) if sizes.is_full else 0)
+    roots = 4 if is_gemma else 2
+    if has_query_norm:
+        normed += shape.query_size + shape.key_size
+        roots += shape.num_attention_heads + shape.num_key_value_heads
+    norms = 4 * (normed + roots) + (normed * (4 if is_gemma else b) if sizes.is_full else 0)
     adapted = targets(method) if isinstance(method, LoraConfig) else tuple(_LINEAR)
     inputs = {  # one for all layers that read the same
         "attention": shape.hidden_size if {"q_proj", "k_proj", "v_proj"} & set(adapted) else 0,
@@ -265,11 +311,16 @@ def _layer(sizes: _Sizes) -> int:
 
 
 def _logits(sizes: _Sizes) -> int:
-    """jobs/kernels.py's loss in its backward pass, all positions supervised: the logits, their gradient in parts that
-    are then joined, and a part's softmax in fp32."""
-    positions, b, vocabulary = sizes.tokens, sizes.width, sizes.shape.vocab_size
-    softmax = 4 * min(positions, LOSS_CHUNK)
-    parts = b * positions if b < 4 or positions > LOSS_CHUNK else 0
-    joined = b * positions if positions > LOSS_CHUNK else 0
-    in_chunks = parts + softmax if b < 4 else max(parts, softmax)
-    return vocabulary * (b * positions + max(in_chunks, parts + joined))
+    """jobs/kernels.py's loss in its backward pass, all positions supervised."""
+    return sum(_logit_blocks(sizes))
+
+
+def _logit_blocks(sizes: _Sizes) -> list[int]:
+    """The logits; their gradient in parts of LOSS_CHUNK positions; and the larger of what it is made of: a part's
+    softmax in fp32, which in fp32 is the part itself; and the joined gradient, where there are several parts."""
+    positions, width, vocabulary = sizes.tokens, sizes.width, sizes.shape.vocab_size
+    chunk = min(positions, LOSS_CHUNK)
+    parts = [width * vocabulary * min(chunk, positions - first) for first in range(0, positions, chunk)]
+    softmax = 4 * vocabulary * chunk if width < 4 else 0
+    joined = width * vocabulary * positions if len(parts) > 1 else 0
+    return [width * vocabulary * positions, *parts, max(softmax, joined)]
