@@ -234,12 +234,12 @@ def _memory(sizes: _Sizes, moment: str, gradients: int, activations: int, logits
 def _unused_heap(sizes: _Sizes, activations: int, is_loss: bool) -> int:
     """What a CPU worker's heap holds besides `activations` and, at the loss, the logits: it never shrinks.
 
-    Allocated in a step are what all layers keep (recomputing allocates it too), logits up to ARENA_BYTES, and with
+    Allocated there in a step is what all layers keep (recomputing allocates it too) and logits, up to ARENA_BYTES; with
     stage 3 the gathered weights, the trained shards before DeepSpeed put them into one buffer, and peft's own LoRA
     layer, which makes two more tensors of each output.
     """
     shape, method, width = sizes.shape, sizes.recipe.method, sizes.width
-    layers = _layer(sizes) * shape.num_hidden_layers
+    layers = shape.num_hidden_layers * sum(block for block in _layer_tensors(sizes) if block <= ARENA_BYTES)
     logits = sum(block for block in _logit_blocks(sizes) if block <= ARENA_BYTES)
     gathered = adapters = 0
     if sizes.stage == 3:
@@ -279,35 +279,41 @@ def _activations(sizes: _Sizes) -> int:
 
 
 def _layer(sizes: _Sizes) -> int:
-    """What autograd keeps of one decoder layer, read from transformers' modules and jobs/kernels.py.
+    return sum(_layer_tensors(sizes))
+
+
+def _layer_tensors(sizes: _Sizes) -> list[int]:
+    """The tensors that autograd keeps of one decoder layer, read from transformers' modules and jobs/kernels.py; bytes.
 
     A norm keeps its input in fp32 and its inverse root, and where its weight is trained the normalised input too. A
     linear layer keeps its input where it, or its adapter, is trained. Attention keeps queries, keys, values, its output
     and a logarithm for each head; the row's output is a copy, put together from the samples'. The gated MLP keeps both
     of its branches and the activated one.
     """
-    shape, method, b = sizes.shape, sizes.recipe.method, sizes.width
+    shape, method, width = sizes.shape, sizes.recipe.method, sizes.width
+    hidden, query, key, inner = shape.hidden_size, shape.query_size, shape.key_size, shape.intermediate_size
     is_gemma = shape.model_type.startswith("gemma")
     has_query_norm = is_gemma or shape.model_type.startswith("qwen3")
-    normed = (4 if is_gemma else 2) * shape.hidden_size
-    roots = 4 if is_gemma else 2
-    if has_query_norm:
-        normed += shape.query_size + shape.key_size
-        roots += shape.num_attention_heads + shape.num_key_value_heads
-    norms = 4 * (normed + roots) + (normed * (4 if is_gemma else b) if sizes.is_full else 0)
+    heads = shape.num_attention_heads + shape.num_key_value_heads
+    normed = [hidden] * (4 if is_gemma else 2) + ([query, key] if has_query_norm else [])
+    roots = 4 * ((4 if is_gemma else 2) + (heads if has_query_norm else 0))
+    norms = [4 * size for size in normed]
+    if sizes.is_full:
+        norms += [(4 if is_gemma else width) * size for size in normed]
     adapted = targets(method) if isinstance(method, LoraConfig) else tuple(_LINEAR)
-    inputs = {  # one for all layers that read the same
-        "attention": shape.hidden_size if {"q_proj", "k_proj", "v_proj"} & set(adapted) else 0,
-        "output": shape.query_size if "o_proj" in adapted else 0,
-        "mlp": shape.hidden_size if {"gate_proj", "up_proj"} & set(adapted) else 0,
-        "down": shape.intermediate_size if "down_proj" in adapted else 0,
-    }
-    attention = b * (2 * shape.query_size + 2 * shape.key_size) + 4 * shape.num_attention_heads
-    adapter = 0
+    inputs = [
+        hidden if {"q_proj", "k_proj", "v_proj"} & set(adapted) else 0,  # one for all that read the same
+        query if "o_proj" in adapted else 0,
+        hidden if {"gate_proj", "up_proj"} & set(adapted) else 0,
+        inner if "down_proj" in adapted else 0,
+    ]
+    products = [width * size for size in (*inputs, query, key, key, query, inner, inner, inner)]
+    small = [roots, 4 * shape.num_attention_heads]
     if isinstance(method, LoraConfig):
-        dropped = sum((b + 1) * _sides(shape, name)[0] for name in adapted) if method.dropout else 0
-        adapter = b * method.rank * len(adapted) + dropped
-    return sizes.tokens * (norms + b * sum(inputs.values()) + attention + 3 * b * shape.intermediate_size + adapter)
+        small.append(width * method.rank * len(adapted))
+        if method.dropout:
+            products += [(width + 1) * _sides(shape, name)[0] for name in adapted]
+    return [sizes.tokens * size for size in (*norms, *products, *small)]
 
 
 def _logits(sizes: _Sizes) -> int:

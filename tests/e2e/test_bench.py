@@ -49,6 +49,18 @@ def test_checkpoint_prints_one_json_object_with_its_measures() -> None:
     assert recovery["resumed_at_step"] > 0
 
 
+@pytest.mark.long
+def test_plan_prints_one_json_object_with_a_measure_for_each_cell() -> None:
+    finished = subprocess.run([BENCH, "plan", "--quick", "--json"], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    said = json.loads(finished.stdout)
+    cells = {"tiny_lora_512_zero0_1w_fp32", "tiny_full_512_zero2_2w_bf16"}
+    assert set(said) == cells | {"worst_error", "machine", "commit", "date"}
+    errors = [abs(said[cell]["ratio"] - 1) for cell in cells]
+    assert said["worst_error"]["ours"] == pytest.approx(max(errors), abs=1e-3)
+    assert said["worst_error"]["peer"] == 0.15
+
+
 def test_alone_it_lists_the_benchmarks_and_an_unknown_one_is_refused() -> None:
     alone = subprocess.run([BENCH], capture_output=True, text=True, check=True)
     assert "train" in [line.split()[0] for line in alone.stdout.splitlines()]
