@@ -3,6 +3,7 @@
 config      the recipe's schema
 plan        what a run would do: batch, ZeRO stage, whether it fits, what would; no torch
 memory      the most memory that a worker holds, by part; no torch
+tensors     what it is made of: trained parameters, what forward keeps, logits; no torch
 cost        tokens, steps, hours, money, bytes on disks and in the store; no torch
 brief       a plan as text
 rows        the rows of a data file, each with its place

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 from cluster.gpus import GpuType, find_gpu
 from cluster.models import Shape
 from jobs.config import Recipe
-from jobs.memory import trained_parameters
+from jobs.tensors import trained_parameters
 
 BYTES_PER_TOKEN = (3.0, 6.0)
 """Of a data file, JSON and all: few for code and for languages far from the tokenizer's, many for plain English."""

@@ -16,7 +16,8 @@ from cluster.gpus import find_gpu
 from cluster.models import ModelConfig, Shape, read_shape
 from jobs import cost
 from jobs.config import LoraConfig, Recipe
-from jobs.memory import GIB, RUNTIME_BYTES, Memory, peak, snapshot_bytes, trained_parameters
+from jobs.memory import GIB, RUNTIME_BYTES, Memory, peak, snapshot_bytes
+from jobs.tensors import trained_parameters
 
 MOST_ADVISED_WORKERS = 512
 

@@ -19,11 +19,12 @@ from cluster.models import ModelConfig, Shape, read_shape
 from jobs.config import LoraConfig, Recipe, ScheduleConfig
 from jobs.cost import BYTES_PER_TOKEN, DATASET_BYTES_PER_TOKEN, Span
 from jobs.lora import prepare
-from jobs.memory import GIB, activations, trained_parameters
+from jobs.memory import GIB
 from jobs.model import load_model
 from jobs.objectives import PackedRow, supervised_logits
 from jobs.plan import Plan, Survey, advise, best_plan, make_plan
 from jobs.schedule import learning_rate
+from jobs.tensors import Sizes, forward_keeps, trained_parameters
 from tests.conftest import TinyModels
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +87,7 @@ def test_activations_are_what_autograd_keeps(
         f"train.activation_checkpointing={str(recompute).lower()}",
     )
     kept = kept_by_autograd(folder, planned)
-    assert activations(planned, read_shape(folder)) == pytest.approx(kept, rel=0.03)
+    assert forward_keeps(Sizes.of(planned, read_shape(folder), stage=0)) == pytest.approx(kept, rel=0.03)
 
 
 def kept_by_autograd(folder: Path, planned: Recipe) -> int:
