@@ -33,7 +33,8 @@ def resident(what: str) -> int:
     return 1024 * int(lines[what].split()[0])
 
 
-def main() -> None:
+def take_part() -> None:
+    """Join Ray and the process group, work, and say what it held."""
     task, out = json.loads(sys.argv[1]), Path(sys.argv[2])
     ray.init(address=task["address"], namespace="bench-plan", log_to_driver=False, logging_level="ERROR")
     dist.init_process_group("gloo")
@@ -71,4 +72,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    take_part()

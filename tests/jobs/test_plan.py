@@ -7,24 +7,29 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from cluster.config import load
 from cluster.errors import PlanError
 from cluster.models import ModelConfig, Shape, read_shape
+from jobs import memory
 from jobs.config import LoraConfig, Recipe, ScheduleConfig
 from jobs.cost import BYTES_PER_TOKEN, DATASET_BYTES_PER_TOKEN, Span
+from jobs.kernels import CHUNK
 from jobs.lora import prepare
 from jobs.memory import GIB
 from jobs.model import load_model
 from jobs.objectives import PackedRow, supervised_logits
 from jobs.plan import Plan, Survey, advise, best_plan, make_plan
+from jobs.saver import SHARDS
 from jobs.schedule import learning_rate
-from jobs.tensors import Sizes, forward_keeps, trained_parameters
+from jobs.tensors import LOSS_CHUNK, Sizes, forward_keeps, trained_parameters
+from jobs.zero import settings
 from tests.conftest import TinyModels
 
 ROOT = Path(__file__).parents[2]
@@ -120,12 +125,24 @@ def kept_by_autograd(folder: Path, planned: Recipe) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
+def test_what_is_restated_without_torch_is_what_the_trainer_has() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    assert memory.SNAPSHOTS == SHARDS
+    assert LOSS_CHUNK == CHUNK
+    ours = settings(3, "bf16", 1.0)["zero_optimization"]
+    theirs = DeepSpeedZeroConfig(**ours)
+    assert theirs.reduce_bucket_size == memory.BUCKET_ELEMENTS
+    assert theirs.sub_group_size == memory.SUB_GROUP_ELEMENTS
+    assert theirs.max_live_parameters == memory.LIVE_ELEMENTS
+
+
 def test_auto_takes_the_least_sharding_that_fits() -> None:
     for method in ("{kind: lora}", "{kind: full}"):
         asked = ["model=qwen3-8b", f"method={method}", "train.workers=8", "train.activation_checkpointing=true"]
         sizes = [plan(*asked, f"train.zero={stage}").total_bytes for stage in range(4)]
-        for memory in (*(size + 1 for size in sizes), *(size - 1 for size in sizes)):
-            chosen = plan(*asked, f"cluster.memory_gb_per_worker={memory / GIB!r}")
+        for limit in (*(size + 1 for size in sizes), *(size - 1 for size in sizes)):
+            chosen = plan(*asked, f"cluster.memory_gb_per_worker={limit / GIB!r}")
             fitting = [stage for stage, size in enumerate(sizes) if size <= chosen.memory_bytes]
             assert chosen.zero == (fitting[0] if fitting else sizes.index(min(sizes)))
             assert chosen.fits == bool(fitting)
@@ -147,7 +164,7 @@ def test_what_takes_less_is_planned_to_take_less() -> None:
         assert plan(*long, cluster, "method={kind: full}").total_bytes > whole
 
 
-@settings(max_examples=25)
+@hypothesis.settings(max_examples=25)
 @given(
     model=st.sampled_from(sorted(SHAPES)),
     method=st.sampled_from(["{kind: lora}", "{kind: full}"]),
@@ -155,14 +172,14 @@ def test_what_takes_less_is_planned_to_take_less() -> None:
     zero=st.sampled_from(["auto", 0, 2, 3]),
     micro=st.sampled_from([1, 4]),
     length=st.sampled_from([512, 4096, 32768]),
-    memory=st.sampled_from([8, 22, 79]),
+    gib=st.sampled_from([8, 22, 79]),
 )
 def test_advice_makes_it_fit_when_it_is_followed(
-    model: str, method: str, workers: int, zero: object, micro: int, length: int, memory: int
+    model: str, method: str, workers: int, zero: object, micro: int, length: int, gib: int
 ) -> None:
     asked = [f"model={model}", f"method={method}", f"train.workers={workers}", f"train.zero={zero}"]
     asked += [f"train.micro_batch={micro}", f"data.sequence_length={length}", "train.global_batch=64"]
-    asked += ["cluster=gpu-80gb", f"cluster.memory_gb_per_worker={memory}"]
+    asked += ["cluster=gpu-80gb", f"cluster.memory_gb_per_worker={gib}"]
     loaded = recipe(*asked)
     if best_plan(loaded, shape(loaded)).fits:
         return
