@@ -59,7 +59,7 @@ def write_model(folder: Path, shape: Shape) -> int:
     config = make_config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden_size,
-        intermediate_size=8 * shape.hidden_size // 3,
+        intermediate_size=8 * shape.hidden_size // 3 // 64 * 64,  # real ones divide so too
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads // 2,
