@@ -12,6 +12,7 @@ records    what is written under those keys
 registry   adapters: publish, resolve, aliases with history, list
 metrics    every metric's name
 logs       what a job prints: progress, plain lines, the last JSON line
+gpus       GPU types: memory, speed, dated prices
 place      WHERE a job runs: what `configs/clusters/NAME.yaml` holds
 launch/    a cluster from its file: AWS, Google Cloud, Azure, SSH, Kubernetes
 session    joining a Ray cluster, always by address, with room for the job

@@ -49,6 +49,17 @@ class Shape(Config):
     head_dim: int
     tie_word_embeddings: bool
     max_position_embeddings: int
+    model_type: str = Field("llama", description="the family: what lies between the matrices of a layer")
+
+    @property
+    def query_size(self) -> int:
+        """Elements of a token's queries, over all heads."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        """Elements of a token's keys, or of its values."""
+        return self.num_key_value_heads * self.head_dim
 
     @property
     def parameters(self) -> int:
@@ -117,6 +128,7 @@ def read_shape(folder: Path) -> Shape:
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         tie_word_embeddings=config.get("tie_word_embeddings", True),
         max_position_embeddings=config.get("max_position_embeddings", 2048),
+        model_type=config.get("model_type", "llama"),
     )
 
 

@@ -1,7 +1,11 @@
 """Training jobs: from a recipe to a published adapter or model.
 
 config      the recipe's schema
-plan        batch arithmetic, ZeRO stage and memory, before anything is spent; no torch
+plan        what a run would do: batch, ZeRO stage, whether it fits, what would; no torch
+memory      the most memory that a worker holds, by part; no torch
+tensors     what it is made of: trained parameters, what forward keeps, logits; no torch
+cost        tokens, steps, hours, money, bytes on disks and in the store; no torch
+brief       a plan as text
 rows        the rows of a data file, each with its place
 formats     a row of any common format, to a conversation
 chat        a conversation, rendered by the model's own template, to supervised tokens

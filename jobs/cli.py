@@ -22,22 +22,27 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key=value …, for 
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Say what a recipe would do and whether it fits, without a GPU, a cluster or a network."""
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    cluster: Annotated[str | None, typer.Option(help="configs/clusters/NAME.yaml, as cluster=NAME does")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a recipe would do and take, and whether it fits, without a GPU, a cluster or a network."""
     from cluster.config import load
     from cluster.errors import PlanError
+    from jobs import brief
     from jobs.config import Recipe
-    from jobs.plan import make_plan, readable, shape_of
+    from jobs.plan import Survey, refusal, shape_of
 
-    loaded = load(recipe, Recipe, overrides or [])
+    loaded = load(recipe, Recipe, [*(overrides or []), *([f"cluster={cluster}"] if cluster else [])])
     shape = shape_of(loaded.model)
     if shape is None:
         raise PlanError(f"the shape of {loaded.model.name} is not known here; give model.shape, or a folder as source")
-    made = make_plan(loaded, shape)
-    if as_json:
-        print(json.dumps(made.to_dict()))
-        return
-    show([{"what": name, "value": readable(name, value)} for name, value in made.to_dict().items()], ("what", "value"))
+    survey = Survey.of(loaded, shape, Path.cwd())
+    print(json.dumps(survey.to_dict()) if as_json else brief.text(survey), flush=True)
+    if not survey.plan.fits:
+        raise PlanError(refusal(loaded, survey.plan, list(survey.advice)))
 
 
 @app.command()

@@ -1,30 +1,30 @@
-"""What a run would take, from the recipe and the model's shape alone: no torch, no cluster, no data.
+"""What a run would do and take, from the recipe and the model's shape alone: no torch, no cluster, no network.
 
-Memory of one worker, in bytes, after the ZeRO paper (Rajbhandari et al. 2019, table 1): with P parameters held in
-precision b, T trained ones and N workers,
+    make_plan   the gate that driver, submit and every attempt pass: batch, ZeRO stage, memory; refuses what cannot fit
+    Survey      the same for a person, whether it fits or not, with work, time, money, and what would make it fit
 
-    weights     b·P            /N from stage 3
-    gradients   b·T            /N from stage 2
-    optimizer   12·T in bf16 (fp32 copy and two moments), 8·T in fp32    /N from stage 1
-    activations of one micro-batch of t tokens in L layers of hidden size h and feed-forward size f:
-                b·t·(L·(14·h + 3·f))  without, b·t·L·h + one layer with activation checkpointing;
-                b·f·(f + 3·h) more with DoRA
-    logits      of the supervised positions (all t at worst): (b + 4 + 4)·t·V for logits, fp32 softmax and its gradient
+Both describe what the trainer does and nothing else: `train.zero: auto` is the one choice that is made here, and jobs/
+attempts.py takes it from here. There is no offload, and micro-batch and checkpointing are as the recipe says.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cluster.errors import PlanError
+from cluster.gpus import find_gpu
 from cluster.models import ModelConfig, Shape, read_shape
+from jobs import cost
 from jobs.config import LoraConfig, Recipe
+from jobs.memory import GIB, RUNTIME_BYTES, Memory, peak, snapshot_bytes
+from jobs.tensors import is_dora, trained_parameters
 
-GIB = 1 << 30
+MOST_ADVISED_WORKERS = 512
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done; every figure per worker unless it says otherwise. Memory in bytes."""
+    """What will be done. Memory in bytes, of one worker; `parameters` are the base model's."""
 
     workers: int
     zero: int
@@ -35,25 +35,76 @@ class Plan:
     tokens_per_step: int
     parameters: int
     trained_parameters: int
-    weights_bytes: int
-    gradient_bytes: int
-    optimizer_bytes: int
-    activation_bytes: int
-    logits_bytes: int
+    memory: Memory
     memory_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        return (
-            self.weights_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes + self.logits_bytes
-        )
+        return self.memory.total
 
     @property
     def fits(self) -> bool:
         return self.total_bytes <= self.memory_bytes
 
+
+@dataclass(frozen=True)
+class Advice:
+    """Overrides with which the same recipe fits, and what a worker then needs."""
+
+    overrides: tuple[str, ...]
+    total_bytes: int
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.overrides)} ({self.total_bytes / GIB:.1f} GiB)"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All that can be said of a recipe before anything is spent.
+
+    Attributes:
+        at_most: the plan for the most workers, where that is another number.
+        advice: what makes it fit, when it does not; each was planned, and fits.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    at_most: Plan | None
+    work: cost.Work
+    cost: cost.Cost
+    advice: tuple[Advice, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe, shape: Shape, folder: Path) -> "Survey":
+        """Survey a recipe whose data files count from `folder`. Raises PlanError for an unknown GPU type."""
+        plan = best_plan(recipe, shape)
+        is_gpu = recipe.cluster.accelerator == "gpu"
+        host = RUNTIME_BYTES + snapshot_bytes(recipe, plan.trained_parameters) if is_gpu else None
+        work = cost.estimate_work(recipe, folder)
+        most = recipe.train.most
+        return cls(
+            recipe=recipe,
+            plan=plan,
+            at_most=best_plan(recipe.at(workers=most), shape) if most > recipe.train.fewest else None,
+            work=work,
+            cost=cost.estimate_cost(recipe, shape, work, host),
+            advice=() if plan.fits else tuple(advise(recipe, shape)),
+        )
+
     def to_dict(self) -> dict[str, object]:
-        return {**asdict(self), "total_bytes": self.total_bytes, "fits": self.fits}
+        """For scripts; ranges as {"low", "high"}, null where nothing is known."""
+        plan = {**asdict(self.plan), "total_bytes": self.plan.total_bytes, "fits": self.plan.fits}
+        return {
+            **plan,
+            "model": self.recipe.model.name,
+            "method": self.recipe.method.kind,
+            "cluster": self.recipe.cluster.name,
+            "licence": {"id": self.recipe.model.licence, "verdict": None},
+            "at_most": asdict(self.at_most) if self.at_most else None,
+            "work": asdict(self.work),
+            "cost": asdict(self.cost),
+            "advice": [asdict(each) for each in self.advice],
+        }
 
 
 def shape_of(model: ModelConfig) -> Shape | None:
@@ -63,30 +114,38 @@ def shape_of(model: ModelConfig) -> Shape | None:
 
 
 def make_plan(recipe: Recipe, shape: Shape) -> Plan:
-    """Choose the ZeRO stage and count. Raises PlanError when it cannot fit at any allowed stage."""
-    highest = 2 if _is_dora(recipe) else 3
-    stages = list(range(1 + highest)) if recipe.train.zero == "auto" else [recipe.train.zero]
+    """The plan, if it fits. Raises PlanError, with what would make it fit."""
+    plan = best_plan(recipe, shape)
+    if not plan.fits:
+        raise PlanError(refusal(recipe, plan, list(advise(recipe, shape))))
+    return plan
+
+
+def refusal(recipe: Recipe, plan: Plan, advice: list[Advice]) -> str:
+    """Why a plan is refused, and the ways out."""
+    way = (
+        f"this fits: {'; or '.join(map(str, advice))}"
+        if advice
+        else "no change of the recipe makes it fit: take a cluster with more memory for each worker, or a smaller model"
+    )
+    return (
+        f"{recipe.model.name} needs {plan.total_bytes / GIB:.1f} GiB on each of {plan.workers} workers "
+        f"(ZeRO-{plan.zero}), and {recipe.cluster.name} has {plan.memory_bytes / GIB:.1f}; {way}"
+    )
+
+
+def best_plan(recipe: Recipe, shape: Shape) -> Plan:
+    """At the first ZeRO stage that is allowed and fits; when none does, at the one that needs least."""
+    auto = [0, 1, 2] if is_dora(recipe) else [0, 1, 2, 3]
+    stages = auto if recipe.train.zero == "auto" else [recipe.train.zero]
     if recipe.train.fewest == 1 and recipe.train.zero == "auto":
         stages = [0]
     plans = [_plan_at(recipe, shape, stage) for stage in stages]
-    chosen = next((plan for plan in plans if plan.fits), None)
-    if chosen is None:
-        best = min(plans, key=lambda plan: plan.total_bytes)
-        raise PlanError(
-            f"{recipe.model.name} needs {best.total_bytes / GIB:.1f} GiB on each of {best.workers} workers "
-            f"(ZeRO-{best.zero}), and {recipe.cluster.name} has {best.memory_bytes / GIB:.1f}; {_advice(recipe, best)}"
-        )
-    return chosen
+    return next((plan for plan in plans if plan.fits), min(plans, key=lambda plan: plan.total_bytes))
 
 
 def _plan_at(recipe: Recipe, shape: Shape, stage: int) -> Plan:
     train = recipe.train
-    weight = 2 if recipe.model.dtype == "bf16" else 4
-    trained = trained_parameters(recipe, shape)
-    tokens = train.micro_batch * recipe.data.sequence_length
-    layer = 14 * shape.hidden_size + 3 * shape.intermediate_size
-    layers = shape.num_hidden_layers
-    per_token = layers * shape.hidden_size + layer if train.activation_checkpointing else layers * layer
     per_worker = -(-train.global_batch // train.fewest)
     return Plan(
         workers=train.fewest,
@@ -97,50 +156,21 @@ def _plan_at(recipe: Recipe, shape: Shape, stage: int) -> Plan:
         micro_batches_per_step=-(-per_worker // train.micro_batch),
         tokens_per_step=train.global_batch * recipe.data.sequence_length,
         parameters=shape.parameters,
-        trained_parameters=trained,
-        weights_bytes=weight * shape.parameters // (train.fewest if stage >= 3 else 1),
-        gradient_bytes=weight * trained // (train.fewest if stage >= 2 else 1),
-        optimizer_bytes=(12 if weight == 2 else 8) * trained // (train.fewest if stage >= 1 else 1),
-        activation_bytes=weight * (tokens * per_token + (_norm_values(shape) if _is_dora(recipe) else 0)),
-        logits_bytes=(weight + 8) * tokens * shape.vocab_size,
-        memory_bytes=int(recipe.cluster.memory_gb_per_worker * GIB),
+        trained_parameters=trained_parameters(recipe, shape),
+        memory=peak(recipe, shape, stage),
+        memory_bytes=_memory_of(recipe),
     )
 
 
-def trained_parameters(recipe: Recipe, shape: Shape) -> int:
-    """Parameters that get gradients: all, or rank·(in + out) for each adapted linear layer, and out with DoRA."""
-    method = recipe.method
-    if not isinstance(method, LoraConfig):
-        return shape.parameters
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    query, key_value = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
-    sides = {
-        "q_proj": (hidden, query),
-        "k_proj": (hidden, key_value),
-        "v_proj": (hidden, key_value),
-        "o_proj": (query, hidden),
-        "gate_proj": (hidden, inner),
-        "up_proj": (hidden, inner),
-        "down_proj": (inner, hidden),
-    }
-    chosen = list(sides.values())
-    if method.targets != "all-linear":
-        chosen = [sides.get(name, (hidden, hidden)) for name in method.targets]
-    each_layer = sum(method.rank * (inputs + outputs) + outputs * method.dora for inputs, outputs in chosen)
-    return shape.num_hidden_layers * each_layer
-
-
-def _norm_values(shape: Shape) -> int:
-    """What peft's DoRA holds at once for the norms of the widest layer: an identity of in × in, BA, s·BA and W + s·BA.
-
-    Its peak in one layer, as torch's profiler counts it, is this to the percent.
-    """
-    return shape.intermediate_size * (shape.intermediate_size + 3 * shape.hidden_size)
-
-
-def _is_dora(recipe: Recipe) -> bool:
-    """Then ZeRO-3 is out: it has a layer's weights together only while that layer runs."""
-    return isinstance(recipe.method, LoraConfig) and recipe.method.dora
+def _memory_of(recipe: Recipe) -> int:
+    """What a worker may take. Raises PlanError when the cluster's file promises more than its GPU has."""
+    cluster = recipe.cluster
+    if cluster.gpu and cluster.memory_gb_per_worker > find_gpu(cluster.gpu).memory_gb:
+        raise PlanError(
+            f"cluster {cluster.name}: memory_gb_per_worker is {cluster.memory_gb_per_worker:g}, and a process can have "
+            f"{find_gpu(cluster.gpu).memory_gb:g} GiB of a {cluster.gpu}; write that or less"
+        )
+    return int(cluster.memory_gb_per_worker * GIB)
 
 
 def _reason(recipe: Recipe, stage: int) -> str:
@@ -153,26 +183,68 @@ def _reason(recipe: Recipe, stage: int) -> str:
             "weights sharded too, because the model does not fit otherwise")[stage]  # fmt: skip
 
 
-def _advice(recipe: Recipe, plan: Plan) -> str:
-    advice = []
-    if plan.zero < 3 and plan.workers > 1:
-        advice.append("set train.zero: auto")
-    if plan.weights_bytes + plan.optimizer_bytes + plan.gradient_bytes > plan.memory_bytes:
-        if _is_dora(recipe):
-            advice.append("set method.dora: false, which ZeRO-3 needs")
-        else:
-            advice.append("use more train.workers" if plan.zero == 3 else "use more train.workers with train.zero: 3")
-        if recipe.method.kind == "full":
-            advice.append("train a lora instead")
+def advise(recipe: Recipe, shape: Shape) -> Iterator[Advice]:
+    """What makes a recipe fit, the least change first; nothing that was not planned and found to fit.
+
+    First what leaves the result as it is: sharding, recomputing, smaller micro-batches, those together, more workers.
+    Then what does not: shorter sequences, a LoRA instead of all weights.
+    """
+    exact: dict[str, object] = {}
+    if recipe.train.zero != "auto" and recipe.train.fewest > 1:
+        exact["train.zero"] = "auto"
     if not recipe.train.activation_checkpointing:
-        advice.append("set train.activation_checkpointing: true")
+        exact["train.activation_checkpointing"] = True
     if recipe.train.micro_batch > 1:
-        advice.append("lower train.micro_batch")
-    return ", or ".join([*advice, "lower data.sequence_length"])
+        exact["train.micro_batch"] = 1
+    alone = [found for key, value in exact.items() if (found := _fitting(recipe, shape, {key: value}))]
+    yield from alone
+    together = None if alone or len(exact) < 2 else _fitting(recipe, shape, exact)
+    if together:
+        yield together
+    largest = min(recipe.train.global_batch, MOST_ADVISED_WORKERS)  # more would have nothing to do
+    for changes in ({}, exact):
+        sharded = {**changes, "train.zero": "auto"} if recipe.train.zero != "auto" else changes
+        numbers = (1 << bits for bits in range(largest.bit_length()))
+        more = (
+            _fitting(recipe, shape, {"train.workers": number, **sharded})
+            for number in numbers
+            if recipe.train.fewest < number <= largest
+        )
+        found = next((each for each in more if each), None)
+        if found:
+            yield found
+            break
+    yield from _with_another_result(recipe, shape, exact)
 
 
-def readable(name: str, value: object) -> str:
-    """A figure of a plan for a person: bytes in GiB, counts in groups of three digits."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        return str(value)
-    return f"{value / GIB:.2f} GiB" if name.endswith("_bytes") else f"{value:,}"
+def _with_another_result(recipe: Recipe, shape: Shape, exact: dict[str, object]) -> Iterator[Advice]:
+    length = recipe.data.sequence_length // 2
+    while length >= 128:
+        if found := _fitting(recipe, shape, {"data.sequence_length": length}):
+            yield found
+            break
+        length //= 2
+    if is_dora(recipe) and (found := _fitting(recipe, shape, {"method.dora": False, **exact})):
+        yield found  # which ZeRO-3 needs
+    if recipe.method.kind == "full":
+        for changes in ({}, exact):
+            if found := _fitting(recipe, shape, {"method": LoraConfig(kind="lora"), **changes}):
+                yield found
+                break
+
+
+def _fitting(recipe: Recipe, shape: Shape, changes: dict[str, object]) -> Advice | None:
+    """The changes as advice, if the recipe fits with them."""
+    changed = recipe
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        new = getattr(changed, section).model_copy(update={name: value}) if name else value
+        changed = changed.model_copy(update={section: new})
+    plan = best_plan(changed, shape)
+    overrides = tuple(f"{key}={_written(value)}" for key, value in changes.items())
+    return Advice(overrides, plan.total_bytes) if plan.fits else None
+
+
+def _written(value: object) -> str:
+    """A value as it is written on a command line."""
+    return "'{kind: lora}'" if isinstance(value, LoraConfig) else str(value).lower()

@@ -138,8 +138,8 @@ class Trainer:
             mark(f"step {self.step}: forward and backward of micro-batch {index}")
             # Dropout draws from a generator that the data alone decides, so that it is the same at any world size.
             torch.manual_seed(hash((recipe.train.seed, self.step, row.first_sample)) & 0xFFFFFFFF)
-            logits = supervised_logits(engine.engine, row)
-            share = summed_cross_entropy(logits, row.targets) * (row.weight / supervised)
+            # No name for the logits: it would hold them through the backward pass and into the next micro-batch.
+            share = summed_cross_entropy(supervised_logits(engine.engine, row), row.targets) * (row.weight / supervised)
             engine.accumulate(share, last=index == len(rows) - 1)
             loss += share.detach()
         rate = learning_rate(self.step, self.total_steps, recipe.optimizer.learning_rate, recipe.schedule)

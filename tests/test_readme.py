@@ -49,6 +49,21 @@ def test_every_command_exists_with_its_options(command: str) -> None:
         assert option in shown.stdout
 
 
+PLANS = re.findall(r"^```\n\$ (luthier jobs plan .+)\n((?s:.+?))^```$", README, re.MULTILINE)
+
+
+def test_the_readme_prints_plans() -> None:
+    assert len(PLANS) == 3
+
+
+@pytest.mark.parametrize(("command", "printed"), PLANS, ids=[command for command, _ in PLANS])
+def test_a_printed_plan_is_what_the_command_prints(command: str, printed: str) -> None:
+    _, group, *arguments = shlex.split(command)
+    done = subprocess.run([sys.executable, "-m", group, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == printed, done.stderr
+    assert done.returncode == (0 if printed.rstrip().endswith("yes") else 2)
+
+
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\(([^)#]+)\)", README))))
 def test_every_link_leads_somewhere(path: str) -> None:
     assert (ROOT / path).exists()

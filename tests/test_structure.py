@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import Config, load
+from cluster.gpus import GpuTable
 from cluster.models import ModelConfig
 from cluster.place import ClusterConfig
 from jobs.config import Recipe
@@ -27,6 +28,7 @@ DOORS = {
 SCHEMAS: dict[str, type[Config]] = {
     "models": ModelConfig,
     "clusters": ClusterConfig,
+    "hardware": GpuTable,
     "recipes": Recipe,
     "serving": ServingConfig,
 }

@@ -9,10 +9,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from scripts.demo.model import CHATML, END, PAD, START
 
@@ -27,12 +28,22 @@ _LETTERS = "bdfgklmnprstvz", "aeiou", ("", "", "", "n", "r", "s", "l")
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen3 shape: grouped-query attention with half as many key-value heads as query heads."""
+    """A Qwen3 or Llama shape: grouped-query attention with half as many key-value heads as query heads.
+
+    `vocabulary` is the rows of the embedding, which Qwen3 uses as its output layer too.
+    """
 
     hidden_size: int
     layers: int
     heads: int
+    vocabulary: int = VOCABULARY
+    family: Literal["qwen3", "llama"] = "qwen3"
 
+
+_FAMILIES: dict[str, tuple[Any, Any]] = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
 
 FULL = Shape(hidden_size=384, layers=8, heads=6)
 """19.3 million parameters, 6.3 of them in the embedding, which is also the output layer."""
@@ -44,22 +55,23 @@ QUICK = Shape(hidden_size=64, layers=2, heads=4)
 def write_model(folder: Path, shape: Shape) -> int:
     """Write a Hugging Face folder with fp32 weights and a tokenizer. Returns the number of parameters."""
     tokenizer = _tokenizer()
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
+    make_config, make_model = _FAMILIES[shape.family]
+    config = make_config(
+        vocab_size=shape.vocabulary,
         hidden_size=shape.hidden_size,
-        intermediate_size=8 * shape.hidden_size // 3,
+        intermediate_size=8 * shape.hidden_size // 3 // 64 * 64,  # real ones divide so too
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads // 2,
         head_dim=shape.hidden_size // shape.heads,
         max_position_embeddings=4 * SEQUENCE_LENGTH,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.family == "qwen3",
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         dtype="float32",
     )
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(config)
+    model = make_model(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -64,6 +64,7 @@ def test_serve_prints_the_cold_start_by_part() -> None:
         assert figures["ratio_min"] <= figures["ratio"] <= figures["ratio_max"]
 
 
+@pytest.mark.long
 def test_quantized_prints_one_json_object_with_its_measures() -> None:
     finished = subprocess.run([BENCH, "quantized", "--quick", "--json"], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
@@ -73,6 +74,18 @@ def test_quantized_prints_one_json_object_with_its_measures() -> None:
     assert set(said) == wanted | {"machine", "commit", "date"}
     assert all(said[name]["ours"] > 0 and said[name]["peer"] > 0 for name in wanted)
     assert said["nf4_quick_bytes"]["ratio"] < said["int8_quick_bytes"]["ratio"] < 1
+
+
+@pytest.mark.long
+def test_plan_prints_one_json_object_with_a_measure_for_each_cell() -> None:
+    finished = subprocess.run([BENCH, "plan", "--quick", "--json"], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    said = json.loads(finished.stdout)
+    cells = {"tiny_lora_512_zero0_1w_fp32", "tiny_full_512_zero2_2w_bf16"}
+    assert set(said) == cells | {"worst_error", "machine", "commit", "date"}
+    errors = [abs(said[cell]["ratio"] - 1) for cell in cells]
+    assert said["worst_error"]["ours"] == pytest.approx(max(errors), abs=1e-3)
+    assert said["worst_error"]["peer"] == 0.15
 
 
 def test_alone_it_lists_the_benchmarks_and_an_unknown_one_is_refused() -> None:
