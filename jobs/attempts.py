@@ -27,7 +27,7 @@ from cluster import env, models, secret, session
 from cluster.errors import LuthierError, OutOfMemory, RunFailed
 from cluster.logs import say
 from cluster.models import Shape
-from cluster.records import RunRecord
+from cluster.records import EventKind, RunRecord
 from cluster.store import Store
 from jobs import runs
 from jobs.config import Recipe
@@ -133,7 +133,7 @@ class Attempts:
         elif isinstance(result, LuthierError):
             raise result
         elif result and result["state"] == "moving":
-            self._tell(f"moved: {self._pulse.moving}")
+            self._tell(f"moved: {self._pulse.moving}", "move")
         elif result:
             return result
         else:
@@ -149,13 +149,13 @@ class Attempts:
         if self._pulse.hang:
             why = self._pulse.hang
         elif self._pulse.moving:
-            self._tell(f"moved before its state was saved: {self._pulse.moving} ({why})")
+            self._tell(f"moved before its state was saved: {self._pulse.moving} ({why})", "move")
             return
         self._failures += 1
         allowed = self._recipe.train.max_failures
         if self._failures > allowed:
             raise RunFailed(f"run {self._record.run_id}: {why} (failure {self._failures}, and {allowed} are allowed)")
-        self._tell(f"failure {self._failures} of {allowed} that are allowed: {why}")
+        self._tell(f"failure {self._failures} of {allowed} that are allowed: {why}", "failure")
 
     def _halve_micro_batch(self, why: str) -> None:
         size = self._recipe.train.micro_batch
@@ -165,7 +165,8 @@ class Attempts:
                 "data.sequence_length, set train.activation_checkpointing: true, or use more workers with train.zero: 3"
             )
         self._recipe = self._recipe.at(micro_batch=size // 2)
-        self._tell(f"out of memory ({why}): train.micro_batch is {size // 2} from now on; the global batch stays")
+        said = f"out of memory ({why}): train.micro_batch is {size // 2} from now on; the global batch stays"
+        self._tell(said, "memory")
 
     def _find_room(self) -> int:
         """How many workers to start: as many as fit, waiting for the fewest that are allowed. Raises RunFailed."""
@@ -198,9 +199,9 @@ class Attempts:
         say(text)
         runs.tell(self._store, self._record.run_id, text)
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, text: str, kind: EventKind | None = None) -> None:
         say(text)
-        runs.tell(self._store, self._record.run_id, text, "resuming")
+        runs.tell(self._store, self._record.run_id, text, "resuming", kind=kind)
 
 
 def _trainer(job: Job, workers: int) -> Any:
