@@ -23,6 +23,7 @@ watchdog    whether a worker's loop still moves, and if not, where it stands
 publish     check, probe, and hand to the registry
 progress    step records to the store; the board between driver and workers
 screen      what the driver shows of them
+gauges      and what Prometheus is shown
 runs        a run's life in the store: events, attempts, state, stop requests
 history     all that the store has of one run, put together
 report      a run as one HTML file

@@ -31,6 +31,7 @@ from cluster.records import EventKind, RunRecord
 from cluster.store import Store
 from jobs import runs
 from jobs.config import Recipe
+from jobs.gauges import TrainingGauges
 from jobs.job import Job
 from jobs.plan import make_plan
 from jobs.progress import Board
@@ -61,6 +62,7 @@ class Attempts:
         self._store = store
         self._plain_store = plain_store
         self._failures = 0
+        self._gauges = TrainingGauges(record.run_id)
         # On the driver's node, so that no lost worker node takes it along.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
@@ -73,7 +75,7 @@ class Attempts:
 
     def run(self) -> dict[str, Any]:
         """Train to the end. Returns what rank 0 left on the board. Raises LuthierError."""
-        screen = Screen(self._board, self._recipe.name, total_steps=self._recipe.train.steps)
+        screen = Screen(self._board, self._recipe.name, self._recipe.train.steps, self._gauges)
         watching = threading.Thread(target=screen.watch, daemon=True)
         watching.start()
         try:
@@ -87,6 +89,7 @@ class Attempts:
         finally:
             screen.stop()
             watching.join()
+            self._gauges.end()
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -103,6 +106,7 @@ class Attempts:
 
     def _attempt(self) -> dict[str, Any] | None:
         """One worker group, from its start to its end. Returns its result; None when it is to be tried again."""
+        os.environ.setdefault(env.RAY_TRAIN_ENABLE_STATE_TRACKING, "1")  # the dashboard's view of a training job
         # Ray Train imports torch: only now, after everything that may be refused.
         from ray.train import TrainingFailedError
 
@@ -152,6 +156,7 @@ class Attempts:
             self._tell(f"moved before its state was saved: {self._pulse.moving} ({why})", "move")
             return
         self._failures += 1
+        self._gauges.failed(self._failures)
         allowed = self._recipe.train.max_failures
         if self._failures > allowed:
             raise RunFailed(f"run {self._record.run_id}: {why} (failure {self._failures}, and {allowed} are allowed)")

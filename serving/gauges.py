@@ -3,16 +3,8 @@
 from ray.util import metrics as ray_metrics
 
 from cluster import metrics
-from cluster.metrics import Metric
+from cluster.gauges import counter, gauge
 from serving.engine.protocol import EngineStats
-
-
-def counter(metric: Metric) -> ray_metrics.Counter:
-    return ray_metrics.Counter(metric.name, metric.description, metric.labels)
-
-
-def gauge(metric: Metric) -> ray_metrics.Gauge:
-    return ray_metrics.Gauge(metric.name, metric.description, metric.labels)
 
 
 class EngineGauges:
