@@ -13,17 +13,18 @@ PREFIX = "luthier_"
 
 @dataclass(frozen=True)
 class Metric:
-    """One family. A counter's name ends in `_total`, as Prometheus has it."""
+    """One family. A counter's name ends in `_total`, as Prometheus has it; a histogram has limits of its buckets."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     description: str
     labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
 
     @property
     def exported(self) -> str:
-        """Its name where Prometheus scrapes Ray's agents."""
-        return f"ray_{self.name}" if self.is_ours else self.name
+        """The series to query where Prometheus scrapes Ray's agents; of a histogram its buckets."""
+        return f"{'ray_' if self.is_ours else ''}{self.name}{'_bucket' if self.kind == 'histogram' else ''}"
 
     @property
     def is_ours(self) -> bool:
@@ -61,6 +62,26 @@ RUNNING_SEQUENCES = Metric("luthier_running_sequences", "gauge", "Sequences that
 WAITING_SEQUENCES = Metric("luthier_waiting_sequences", "gauge", "Sequences that wait in an engine.", ("model",))
 KV_BLOCKS_USED = Metric("luthier_kv_blocks_used", "gauge", "Blocks of the key-value cache in use.", ("model",))
 KV_BLOCKS = Metric("luthier_kv_blocks", "gauge", "Blocks of the key-value cache in all.", ("model",))
+FIRST_TOKEN_SECONDS = Metric(
+    "luthier_first_token_seconds",
+    "histogram",
+    "From a request's arrival at a replica to its first token, loading the adapter included.",
+    ("model",),
+    (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
+TOKEN_SECONDS = Metric(
+    "luthier_token_seconds",
+    "histogram",
+    "An answer's mean time for each token after the first, over all its choices.",
+    ("model",),
+    (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0),
+)
+ADAPTER_TOKENS = Metric(
+    "luthier_adapter_tokens_total",
+    "counter",
+    "Tokens of requests by adapter, which is empty for the base; kind is prompt or answer.",
+    ("model", "adapter", "kind"),
+)
 
 RUN_ACTIVE = Metric("luthier_run_active", "gauge", "1 while the run's driver works, 0 after its end.", ("run",))
 TRAINING_LOSS = Metric(

@@ -132,6 +132,15 @@ ALERTS = (
         "All replicas are full: raise replicas.max, or add nodes if Serve waits for them.",
     ),
     Alert(
+        "FirstTokensAreSlow",
+        f"histogram_quantile(0.95, sum by (model, le) (rate({metrics.FIRST_TOKEN_SECONDS.exported}[5m]))) > 10",
+        "10m",
+        "warning",
+        "One of twenty answers of {{ $labels.model }} waits {{ $value | humanizeDuration }} for its first token.",
+        "Lower replicas.target_ttft_s or raise replicas.max where sequences queue; where adapters are loaded all the "
+        "time, raise engine.max_adapters.",
+    ),
+    Alert(
         "RequestsQueue",
         f"sum by (model) ({metrics.WAITING_SEQUENCES.exported}) > "
         f"2 * sum by (model) ({metrics.RUNNING_SEQUENCES.exported}) + 8",

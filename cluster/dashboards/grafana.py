@@ -98,6 +98,13 @@ def _rate(metric: Metric, by: str, label: str) -> str:
     return f"sum by ({by}) (rate({_of(metric, label)}[$__rate_interval]))"
 
 
+def _quantiles(metric: Metric) -> Sequence[tuple[str, str]]:
+    return [
+        (f"{{{{model}}}}: {name}", f"histogram_quantile({share}, {_rate(metric, 'model, le', 'model')})")
+        for name, share in (("median", 0.5), ("95th percentile", 0.95))
+    ]
+
+
 def _of_steps(metric: Metric) -> str:
     return f"{_rate(metric, 'run', 'run')} / {_rate(metrics.STEP_SECONDS, 'run', 'run')}"
 
@@ -175,6 +182,13 @@ SERVING = Dashboard(
                 ("{{model}}: of prompts, from the cache", _rate(metrics.SHARED_TOKENS, "model", "model")),
             ],
         ),
+        Panel(
+            "Tokens a second, by adapter",
+            "short",
+            [("{{adapter}} {{kind}}", _rate(metrics.ADAPTER_TOKENS, "adapter, kind", "model"))],
+        ),
+        Panel("Time to the first token", "s", _quantiles(metrics.FIRST_TOKEN_SECONDS)),
+        Panel("Time of each further token", "s", _quantiles(metrics.TOKEN_SECONDS)),
         Panel(
             "Sequences",
             "short",

@@ -56,6 +56,13 @@ def queue(waiting: int, running: int) -> Series:
     }
 
 
+def first_tokens(slow: int) -> Series:
+    """Of a hundred answers a minute, so many take more than ten seconds."""
+    name = "ray_luthier_first_token_seconds_bucket"
+    counts = {"1.0": 100 - slow, "10.0": 100 - slow, "30.0": 100, "+Inf": 100}
+    return {f'{name}{{model="m",le="{limit}"}}': f"0+{count}{LONG}" for limit, count in counts.items()}
+
+
 def blocks(used: int) -> Series:
     return {
         f"ray_luthier_kv_blocks_used{MODEL}": f"{used}+0{LONG}",
@@ -101,6 +108,7 @@ CASES: dict[str, tuple[Series, list[Series]]] = {
     "CheckpointsHoldTrainingUp": (shares("checkpoint_stall", 15), [shares("checkpoint_stall", 5)]),
     "RequestsFail": (answers(503, 10), [answers(503, 2), answers(404, 50), answers(429, 50)]),
     "RequestsAreRefused": (answers(429, 20), [answers(429, 5), answers(500, 50)]),
+    "FirstTokensAreSlow": (first_tokens(10), [first_tokens(2)]),
     "RequestsQueue": (queue(60, 16), [queue(30, 16), queue(8, 0)]),
     "KeyValueCacheIsFull": (blocks(98), [blocks(90)]),
     "AdaptersComeAndGo": (loads(20), [loads(4)]),
