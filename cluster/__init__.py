@@ -11,6 +11,8 @@ keys       every key in the store, each made by one function
 records    what is written under those keys
 registry   adapters: publish, resolve, aliases with history, list
 metrics    every metric's name
+gauges     a metric as Ray's own object
+dashboards/  Grafana dashboards and Prometheus alerts, made from these names
 logs       what a job prints: progress, plain lines, the last JSON line
 gpus       GPU types: memory, speed, dated prices
 place      WHERE a job runs: what `configs/clusters/NAME.yaml` holds

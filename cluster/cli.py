@@ -173,3 +173,24 @@ def runs(store: StoreUrl, as_json: AsJson = False) -> None:
     ]
     rows = [record.model_dump(mode="json") | {"base": record.base.name} for record in found]
     show(rows, ("run_id", "base", "created_at", "code_revision"), as_json)
+
+
+@app.command()
+def dashboards(
+    out: Annotated[Path, typer.Option(help="the folder to write to")],
+) -> None:
+    """Write Prometheus alert rules and Grafana dashboards for Luthier's metrics as Ray exports them."""
+    from cluster.dashboards.alerts import rules
+    from cluster.dashboards.grafana import DASHBOARDS
+    from cluster.errors import InputError
+
+    made = f"# Made by `luthier cluster dashboards` from cluster/dashboards/alerts.py.\n{rules()}"
+    files = {"luthier-alerts.yaml": made}
+    files |= {f"luthier-{each.name}.json": json.dumps(each.to_dict(), indent=2) + "\n" for each in DASHBOARDS}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (out / name).write_text(text)
+            print(out / name)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}; name another folder by --out") from None

@@ -11,6 +11,9 @@ RAY_AUTH_MODE = "RAY_AUTH_MODE"
 RAY_AUTH_TOKEN = "RAY_AUTH_TOKEN"
 RAY_AUTH_TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 
+RAY_TRAIN_ENABLE_STATE_TRACKING = "RAY_TRAIN_ENABLE_STATE_TRACKING"
+"""Whether Ray's dashboard knows of training jobs; on in our drivers unless it is set."""
+
 LUTHIER_CACHE = "LUTHIER_CACHE"
 """Folder on each node for downloaded models, data and adapters. Default: ~/.cache/luthier."""
 

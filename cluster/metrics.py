@@ -1,8 +1,8 @@
 """Every metric's name, labels and description, once. Dashboards, alerts and /metrics rely on these names.
 
 A name is `luthier_<noun>_<unit>`; labels are `run`, or `model`, `adapter`, `tenant`. Ray exports them with the prefix
-`ray_`, which our own /metrics takes off again, and with labels of its own (node, worker, replica). Importing this
-imports no Ray.
+`ray_`, which our own /metrics takes off again, and with labels of its own (node, worker, replica). Dashboards and
+alerts read Ray's export, so they use `Metric.exported`. Importing this imports no Ray.
 """
 
 from dataclasses import dataclass
@@ -13,12 +13,23 @@ PREFIX = "luthier_"
 
 @dataclass(frozen=True)
 class Metric:
-    """One family. A counter's name ends in `_total`, as Prometheus has it."""
+    """One family. A counter's name ends in `_total`, as Prometheus has it; a histogram has limits of its buckets."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     description: str
     labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def exported(self) -> str:
+        """The series to query where Prometheus scrapes Ray's agents; of a histogram its buckets."""
+        return f"{'ray_' if self.is_ours else ''}{self.name}{'_bucket' if self.kind == 'histogram' else ''}"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether Luthier sets it, and not Ray."""
+        return self.name.startswith(PREFIX)
 
 
 REQUESTS = Metric(
@@ -51,3 +62,70 @@ RUNNING_SEQUENCES = Metric("luthier_running_sequences", "gauge", "Sequences that
 WAITING_SEQUENCES = Metric("luthier_waiting_sequences", "gauge", "Sequences that wait in an engine.", ("model",))
 KV_BLOCKS_USED = Metric("luthier_kv_blocks_used", "gauge", "Blocks of the key-value cache in use.", ("model",))
 KV_BLOCKS = Metric("luthier_kv_blocks", "gauge", "Blocks of the key-value cache in all.", ("model",))
+FIRST_TOKEN_SECONDS = Metric(
+    "luthier_first_token_seconds",
+    "histogram",
+    "From a request's arrival at a replica to its first token, loading the adapter included.",
+    ("model",),
+    (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0),
+)
+TOKEN_SECONDS = Metric(
+    "luthier_token_seconds",
+    "histogram",
+    "An answer's mean time for each token after the first, over all its choices.",
+    ("model",),
+    (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0),
+)
+ADAPTER_TOKENS = Metric(
+    "luthier_adapter_tokens_total",
+    "counter",
+    "Tokens of requests by adapter, which is empty for the base; kind is prompt or answer.",
+    ("model", "adapter", "kind"),
+)
+
+RUN_ACTIVE = Metric("luthier_run_active", "gauge", "1 while the run's driver works, 0 after its end.", ("run",))
+TRAINING_LOSS = Metric(
+    "luthier_training_loss_nats", "gauge", "Mean loss of the last step, per supervised token.", ("run",)
+)
+GRADIENT_NORM = Metric("luthier_gradient_norm", "gauge", "Global gradient norm of the last step, unclipped.", ("run",))
+LEARNING_RATE = Metric("luthier_learning_rate", "gauge", "Learning rate of the last step.", ("run",))
+TRAINING_STEPS = Metric("luthier_training_steps_total", "counter", "Steps, those done again too.", ("run",))
+SKIPPED_STEPS = Metric(
+    "luthier_skipped_steps", "gauge", "Steps of this driver that were not finite and changed nothing.", ("run",)
+)
+TRAINED_TOKENS = Metric("luthier_trained_tokens_total", "counter", "Tokens of all steps.", ("run",))
+SUPERVISED_TOKENS = Metric("luthier_supervised_tokens_total", "counter", "Tokens that have a loss.", ("run",))
+TOKENS_PER_S = Metric("luthier_training_tokens_per_second", "gauge", "Throughput of the last step.", ("run",))
+STEP_SECONDS = Metric("luthier_step_seconds_total", "counter", "Time in steps.", ("run",))
+DATA_WAIT_SECONDS = Metric("luthier_data_wait_seconds_total", "counter", "Time in steps without their data.", ("run",))
+CHECKPOINT_STALL_SECONDS = Metric(
+    "luthier_checkpoint_stall_seconds_total", "counter", "Time that training stood still for checkpoints.", ("run",)
+)
+PADDING = Metric("luthier_padding_ratio", "gauge", "Share of the last step's computed tokens that pad.", ("run",))
+TRAINING_WORKERS = Metric("luthier_training_workers", "gauge", "Workers of the last step.", ("run",))
+LAST_STEP_AT = Metric(
+    "luthier_last_step_timestamp_seconds",
+    "gauge",
+    "Unix time at which the driver last saw a step; its start, before the first.",
+    ("run",),
+)
+LAST_CHECKPOINT_AT = Metric(
+    "luthier_last_checkpoint_timestamp_seconds",
+    "gauge",
+    "Unix time at which the driver last saw a checkpoint committed; its start, before the first.",
+    ("run",),
+)
+TRAINING_FAILURES = Metric(
+    "luthier_training_failures", "gauge", "Failures so far that this driver has recovered from.", ("run",)
+)
+
+RAY_RESOURCES = Metric("ray_resources", "gauge", "Ray's own: logical resources.", ("Name", "State"))
+RAY_NODES = Metric("ray_cluster_active_nodes", "gauge", "Ray's own: nodes by type.", ("node_type",))
+RAY_MEMORY_AVAILABLE = Metric("ray_node_mem_available", "gauge", "Ray's own: a node's free memory, bytes.", ("ip",))
+RAY_MEMORY_TOTAL = Metric("ray_node_mem_total", "gauge", "Ray's own: a node's memory, bytes.", ("ip",))
+RAY_DISK_USED = Metric(
+    "ray_node_disk_utilization_percentage", "gauge", "Ray's own: how full a node's disk is, %.", ("ip",)
+)
+
+ALL = tuple(value for value in globals().values() if isinstance(value, Metric))
+"""Every one that is named above, Ray's own that dashboards and alerts use among them."""

@@ -147,17 +147,23 @@ class RunRecord(Record):
 RunState = Literal["preparing", "running", "saving", "resuming", "succeeded", "failed", "stopped", "lost"]
 ENDED: tuple[RunState, ...] = ("succeeded", "failed", "stopped")
 
+EventKind = Literal["attempt", "failure", "memory", "move", "skipped", "evaluation"]
+"""What an event tells of where a reader goes by it: workers that start, a failure, memory that was too small, a move to
+other workers, a step that is not finite, a measured evaluation loss."""
+
 
 class RunEvent(Record):
     """One thing that happened to a run, in a sentence; `state` where it changed the run's state.
 
-    `steps_lost` and `seconds_lost` are what has to be done again because of it.
+    `step` is how many steps were done then; `steps_lost` and `seconds_lost` are what is to be done again because of it.
     """
 
     at: str
     state: RunState | None = None
+    kind: EventKind | None = None
     text: str
     step: int | None = None
+    evaluation_loss: float | None = None
     steps_lost: int = 0
     seconds_lost: float = 0.0
 

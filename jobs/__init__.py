@@ -27,7 +27,12 @@ watchdog    whether a worker's loop still moves, and if not, where it stands
 publish     check, probe, and hand to the registry
 progress    step records to the store; the board between driver and workers
 screen      what the driver shows of them
+gauges      and what Prometheus is shown
 runs        a run's life in the store: events, attempts, state, stop requests
+history     all that the store has of one run, put together
+report      a run as one HTML file
+chart       one of its charts, as SVG; pure
+markup      elements of a page, every text in them escaped
 pulse       the driver's heartbeat, and what it tells the workers: stop, or move
 turn        its place in the queue of a shared cluster
 attempts    one start of the workers after another, until the run has an end

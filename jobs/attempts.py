@@ -27,10 +27,11 @@ from cluster import env, models, secret, session
 from cluster.errors import LuthierError, OutOfMemory, RunFailed
 from cluster.logs import say
 from cluster.models import Shape
-from cluster.records import RunRecord
+from cluster.records import EventKind, RunRecord
 from cluster.store import Store
 from jobs import runs
 from jobs.config import Recipe
+from jobs.gauges import TrainingGauges
 from jobs.job import Job
 from jobs.plan import make_plan
 from jobs.progress import Board
@@ -61,6 +62,7 @@ class Attempts:
         self._store = store
         self._plain_store = plain_store
         self._failures = 0
+        self._gauges = TrainingGauges(record.run_id)
         # On the driver's node, so that no lost worker node takes it along.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
@@ -73,7 +75,7 @@ class Attempts:
 
     def run(self) -> dict[str, Any]:
         """Train to the end. Returns what rank 0 left on the board. Raises LuthierError."""
-        screen = Screen(self._board, self._recipe.name, total_steps=self._recipe.train.steps)
+        screen = Screen(self._board, self._recipe.name, self._recipe.train.steps, self._gauges)
         watching = threading.Thread(target=screen.watch, daemon=True)
         watching.start()
         try:
@@ -87,6 +89,7 @@ class Attempts:
         finally:
             screen.stop()
             watching.join()
+            self._gauges.end()
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -103,6 +106,7 @@ class Attempts:
 
     def _attempt(self) -> dict[str, Any] | None:
         """One worker group, from its start to its end. Returns its result; None when it is to be tried again."""
+        os.environ.setdefault(env.RAY_TRAIN_ENABLE_STATE_TRACKING, "1")  # the dashboard's view of a training job
         # Ray Train imports torch: only now, after everything that may be refused.
         from ray.train import TrainingFailedError
 
@@ -133,7 +137,7 @@ class Attempts:
         elif isinstance(result, LuthierError):
             raise result
         elif result and result["state"] == "moving":
-            self._tell(f"moved: {self._pulse.moving}")
+            self._tell(f"moved: {self._pulse.moving}", "move")
         elif result:
             return result
         else:
@@ -149,13 +153,14 @@ class Attempts:
         if self._pulse.hang:
             why = self._pulse.hang
         elif self._pulse.moving:
-            self._tell(f"moved before its state was saved: {self._pulse.moving} ({why})")
+            self._tell(f"moved before its state was saved: {self._pulse.moving} ({why})", "move")
             return
         self._failures += 1
+        self._gauges.failed(self._failures)
         allowed = self._recipe.train.max_failures
         if self._failures > allowed:
             raise RunFailed(f"run {self._record.run_id}: {why} (failure {self._failures}, and {allowed} are allowed)")
-        self._tell(f"failure {self._failures} of {allowed} that are allowed: {why}")
+        self._tell(f"failure {self._failures} of {allowed} that are allowed: {why}", "failure")
 
     def _halve_micro_batch(self, why: str) -> None:
         size = self._recipe.train.micro_batch
@@ -165,7 +170,8 @@ class Attempts:
                 "data.sequence_length, set train.activation_checkpointing: true, or use more workers with train.zero: 3"
             )
         self._recipe = self._recipe.at(micro_batch=size // 2)
-        self._tell(f"out of memory ({why}): train.micro_batch is {size // 2} from now on; the global batch stays")
+        said = f"out of memory ({why}): train.micro_batch is {size // 2} from now on; the global batch stays"
+        self._tell(said, "memory")
 
     def _find_room(self) -> int:
         """How many workers to start: as many as fit, waiting for the fewest that are allowed. Raises RunFailed."""
@@ -198,9 +204,9 @@ class Attempts:
         say(text)
         runs.tell(self._store, self._record.run_id, text)
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, text: str, kind: EventKind | None = None) -> None:
         say(text)
-        runs.tell(self._store, self._record.run_id, text, "resuming")
+        runs.tell(self._store, self._record.run_id, text, "resuming", kind=kind)
 
 
 def _trainer(job: Job, workers: int) -> Any:

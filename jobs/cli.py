@@ -1,4 +1,4 @@
-"""`luthier jobs …`: plan, submit, train, resume, stop, list, show, logs, diff, export.
+"""`luthier jobs …`: plan, submit, train, resume, stop, list, show, logs, report, diff, export.
 
 Nothing here imports torch; `train` and `resume` do when they run. What reads, reads the store alone.
 """
@@ -257,6 +257,30 @@ def logs(
     if runs.find(opened, run_id).state == "lost":
         silent = f"its driver has given no sign of life for {runs.LOST_AFTER_S:.0f} s"
         print(f"{'now':<20}  lost       {silent}; `luthier jobs resume {run_id} --store {store}` goes on with it")
+
+
+@app.command()
+def report(
+    run_id: RunId,
+    store: StoreUrl,
+    out: Annotated[Path | None, typer.Option(help="the file to write; default RUN.html")] = None,
+) -> None:
+    """Write a run as one HTML file, to be opened from the disk: curves, events, recipe, lineage, totals.
+
+    From the store alone, and of a run that is under way too; written again it takes the older file's place.
+    """
+    from cluster.errors import InputError
+    from cluster.store import open_existing
+    from jobs import history
+    from jobs import report as run_report
+
+    text = run_report.page(history.read(open_existing(store), run_id))
+    file = out or Path(f"{run_id}.html")
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror}; name a file that can be made by --out") from None
+    print(file)
 
 
 @app.command()

@@ -14,7 +14,7 @@ import ray
 
 from cluster import keys
 from cluster.errors import LuthierError
-from cluster.records import FileRecord, RunState
+from cluster.records import EventKind, FileRecord, RunState
 from cluster.store import Store
 from jobs import runs
 
@@ -192,9 +192,20 @@ class Recorder:
         if now - self._flushed_at > FLUSH_S:
             self._flush(now)
 
-    def tell(self, text: str, step: int, state: RunState | None = None) -> None:
+    def tell(
+        self,
+        text: str,
+        step: int,
+        state: RunState | None = None,
+        kind: EventKind | None = None,
+        evaluation_loss: float | None = None,
+    ) -> None:
         """Append an event to the run's log; returns at once."""
-        self._writes.append(self._writer.submit(runs.tell, self._store, self._run_id, text, state, step=step))
+
+        def write() -> None:
+            runs.tell(self._store, self._run_id, text, state, kind=kind, step=step, evaluation_loss=evaluation_loss)
+
+        self._writes.append(self._writer.submit(write))
 
     def requests(self) -> set[Request]:
         """What the driver asks, as far as is known without waiting."""

@@ -21,6 +21,7 @@ from cluster.records import (
     AttemptRecord,
     CheckpointManifest,
     CheckpointRef,
+    EventKind,
     Heartbeat,
     Record,
     RunEvent,
@@ -52,13 +53,22 @@ def tell(
     text: str,
     state: RunState | None = None,
     *,
+    kind: EventKind | None = None,
     step: int | None = None,
+    evaluation_loss: float | None = None,
     steps_lost: int = 0,
     seconds_lost: float = 0.0,
 ) -> None:
     """Append an event to a run's log."""
     event = RunEvent(
-        at=records.now(), state=state, text=text, step=step, steps_lost=steps_lost, seconds_lost=seconds_lost
+        at=records.now(),
+        state=state,
+        kind=kind,
+        text=text,
+        step=step,
+        evaluation_loss=evaluation_loss,
+        steps_lost=steps_lost,
+        seconds_lost=seconds_lost,
     )
     _append(store, keys.events_prefix(run_id), lambda number: keys.event(run_id, number), lambda _: event)
 

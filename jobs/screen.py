@@ -9,6 +9,7 @@ import ray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cluster.logs import console, say
+from jobs.gauges import TrainingGauges
 from jobs.progress import StepRecord
 
 POLL_S = 0.5
@@ -19,8 +20,9 @@ LINE_S = 5.0
 class Screen:
     """Reads the board until told to stop. `total_steps` is None when the recipe counts in epochs."""
 
-    def __init__(self, board: Any, name: str, total_steps: int | None) -> None:
+    def __init__(self, board: Any, name: str, total_steps: int | None, gauges: TrainingGauges) -> None:
         self._board = board
+        self._gauges = gauges
         self._name = name
         self._total_steps = total_steps
         self._stopping = threading.Event()
@@ -60,7 +62,10 @@ class Screen:
         """Steps since the last look, until stopped and nothing is left."""
         while True:
             stopping = self._stopping.wait(POLL_S)
-            yield ray.get(self._board.take.remote())
+            steps, checkpoint = ray.get([self._board.take.remote(), self._board.checkpoint.remote()])
+            self._gauges.export(steps)
+            self._gauges.saw_checkpoint(checkpoint)
+            yield steps
             if stopping:
                 return
 

@@ -56,6 +56,7 @@ class Trainer:
         self._stall_s = 0.0
         self._skipped_in_a_row = 0
         self._last: StepRecord | None = None
+        self._measured: tuple[int, float] | None = None  # after which step, and the evaluation loss then
         self._evaluation = self._fetch_evaluation()
         if found.restored:
             self._resume(found.restored)
@@ -94,7 +95,7 @@ class Trainer:
         """Have everything in the store. Returns the run's figures."""
         metrics = self._figures()
         if self._evaluation and self.step == self.total_steps:
-            metrics["evaluation_loss"] = self._evaluate(self._evaluation)
+            metrics["evaluation_loss"] = self._measure(self._evaluation)
         self._close()
         return metrics
 
@@ -206,7 +207,7 @@ class Trainer:
                 "optimizer.learning_rate or optimizer.clip_norm, lengthen schedule.warmup_steps, or look at the samples"
             )
         if self._recorder:
-            self._recorder.tell(f"{text}, so it is skipped", step=self.step)
+            self._recorder.tell(f"{text}, so it is skipped", step=self.step + 1, kind="skipped")
         return False
 
     def _begin_attempt(self, found: checkpoint.Found) -> int:
@@ -225,6 +226,7 @@ class Trainer:
             job.run_id,
             f"attempt {number}: training from step {self.step} of {self.total_steps} on {world_size} worker(s){again}",
             "running",
+            kind="attempt",
             step=self.step,
             steps_lost=len(lost),
             seconds_lost=round(sum(step["step_s"] for step in lost), 3),
@@ -247,9 +249,7 @@ class Trainer:
         metric = self._last.loss if self._last else None
         if self._evaluation and self._job.recipe.checkpoint.evaluate:
             self._watchdog.pause()
-            metric = self._evaluate(self._evaluation)
-            if self._recorder:
-                self._recorder.tell(f"evaluation loss {metric:.4f} after step {self.step}", step=self.step)
+            metric = self._measure(self._evaluation)
         began = time.perf_counter()
         if self._saver.is_full:
             self._watchdog.pause()  # the last checkpoint waits for the store, as long as that takes
@@ -283,6 +283,17 @@ class Trainer:
         if error:
             runs.tell(job.store, job.run_id, f"there is no evaluation: {error}")
         return None
+
+    def _measure(self, dataset: Dataset) -> float:
+        """The loss on the held-out samples now, also told to the run's log; measured once a step."""
+        if self._measured and self._measured[0] == self.step:
+            return self._measured[1]
+        loss = self._evaluate(dataset)
+        self._measured = (self.step, loss)
+        if self._recorder:
+            text = f"evaluation loss {loss:.4f} after step {self.step}"
+            self._recorder.tell(text, self.step, kind="evaluation", evaluation_loss=loss)
+        return loss
 
     @torch.no_grad()
     def _evaluate(self, dataset: Dataset) -> float:

@@ -1,18 +1,15 @@
-"""An engine's counters as Ray metrics, which every node's agent shows to Prometheus."""
+"""What a replica shows to Prometheus, as Ray metrics: its engine's counters, and the time that answers take."""
+
+import time
+from collections.abc import Sequence
 
 from ray.util import metrics as ray_metrics
 
 from cluster import metrics
-from cluster.metrics import Metric
+from cluster.gauges import counter, gauge, histogram
+from cluster.records import AdapterRecord
+from serving.calls import ChoiceEvent
 from serving.engine.protocol import EngineStats
-
-
-def counter(metric: Metric) -> ray_metrics.Counter:
-    return ray_metrics.Counter(metric.name, metric.description, metric.labels)
-
-
-def gauge(metric: Metric) -> ray_metrics.Gauge:
-    return ray_metrics.Gauge(metric.name, metric.description, metric.labels)
 
 
 class EngineGauges:
@@ -61,3 +58,56 @@ class EngineGauges:
     def _add(self, metric: ray_metrics.Counter, amount: int) -> None:
         if amount:  # Ray's counters refuse 0
             metric.inc(amount, self._labels)
+
+
+class AnswerGauges:
+    """How long one replica's answers take, and of how many tokens they are."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._first_token = histogram(metrics.FIRST_TOKEN_SECONDS)
+        self._token = histogram(metrics.TOKEN_SECONDS)
+        self._tokens = counter(metrics.ADAPTER_TOKENS)
+
+    def export(self, answer: "AnswerClock") -> None:
+        """Count an answer that has ended, whole or not."""
+        labels = {"model": self._model}
+        if answer.first_token_s is not None:
+            self._first_token.observe(answer.first_token_s, labels)
+        if answer.token_s is not None:
+            self._token.observe(answer.token_s, labels)
+        for kind, tokens in (("prompt", answer.prompt_tokens), ("answer", answer.tokens)):
+            if tokens:
+                self._tokens.inc(tokens, {**labels, "adapter": answer.adapter, "kind": kind})
+
+
+class AnswerClock:
+    """Measures one answer from now on, over all its choices."""
+
+    def __init__(self, adapter: AdapterRecord | None) -> None:
+        self.adapter = f"{adapter.name}@{adapter.version}" if adapter else ""
+        self.prompt_tokens = 0
+        self.tokens = 0
+        self._began = self._first_at = self._last_at = time.monotonic()
+        self._first_tokens = 0
+
+    def saw(self, events: Sequence[ChoiceEvent]) -> None:
+        """Some events have come."""
+        tokens = sum(each.event.token_id is not None for each in events)
+        if not tokens:
+            return
+        self._last_at = time.monotonic()
+        if not self.tokens:
+            self._first_at, self._first_tokens = self._last_at, tokens
+        self.tokens += tokens
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Until the first token; None before there is one."""
+        return self._first_at - self._began if self.tokens else None
+
+    @property
+    def token_s(self) -> float | None:
+        """The mean time of each token that came after the first ones; None without any."""
+        later = self.tokens - self._first_tokens
+        return (self._last_at - self._first_at) / later if later else None

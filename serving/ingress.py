@@ -29,6 +29,7 @@ from starlette.types import Receive, Scope, Send
 
 from cluster import metrics, secret
 from cluster.errors import LuthierError, Overloaded
+from cluster.gauges import counter
 from cluster.records import AdapterRecord, BaseModelRef
 from cluster.store import open_store
 from serving import scrape
@@ -36,7 +37,6 @@ from serving.answers import Answer, ChatAnswer, CompletionAnswer, Json
 from serving.calls import Accepted, Call, ChoiceEvent
 from serving.config import ServingConfig
 from serving.engine.pace import Pace
-from serving.gauges import counter
 from serving.protocol import ChatRequest, CompletionRequest, HttpError, describe, describe_status, parse
 from serving.resolver import Resolver, ServedModel
 

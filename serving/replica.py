@@ -37,7 +37,7 @@ from serving.demand import Demand, Wanted, most_wanted, warm
 from serving.downloads import Downloads
 from serving.engine.protocol import Engine, EngineStats, GenerationRequest, TokenStream
 from serving.engine.vllm_command import VllmOptions, find_python
-from serving.gauges import EngineGauges
+from serving.gauges import AnswerClock, AnswerGauges, EngineGauges
 from serving.pins import keep_pinned
 from serving.protocol import choice_seed
 from serving.resolver import Resolver
@@ -103,6 +103,7 @@ class Replica:
             )
         self._cancelled = 0
         self._gauges = EngineGauges(base.name)
+        self._answers = AnswerGauges(base.name)
         self._stopping = threading.Event()
         self._teardown.callback(self._stopping.set)
         threading.Thread(target=self._export, name="luthier-metrics", daemon=True).start()
@@ -115,6 +116,7 @@ class Replica:
         if (call.base, call.quantization) != (self._base, self._quantization):
             meant = f"{call.base.name} at {call.base.revision} in {call.quantization or 'full precision'}"
             raise Overloaded(f"the served base is being changed to {meant}; try again soon", 5)
+        clock = AnswerClock(call.adapter)
         loop = asyncio.get_running_loop()
         prompts = [await loop.run_in_executor(self._encoder, self._prompts.encode, each) for each in call.prompts]
         requests = self._requests(call, prompts)
@@ -129,12 +131,14 @@ class Replica:
                 stream = self._engine.submit(request)
                 stack.push_async_callback(stream.aclose)
                 streams.append(stream)
-            yield Accepted(sum(map(len, prompts)))
+            clock.prompt_tokens = sum(map(len, prompts))
+            yield Accepted(clock.prompt_tokens)
             gathered: list[ChoiceEvent] = []
             is_whole = False
             try:
                 async with aclosing(_merge(streams)) as batches:
                     async for batch in batches:
+                        clock.saw(batch)
                         if not call.stream:
                             gathered += batch
                             continue
@@ -143,6 +147,7 @@ class Replica:
                 is_whole = True
             finally:
                 self._cancelled += not is_whole
+                self._answers.export(clock)
             for message in _messages(gathered):
                 yield message
 

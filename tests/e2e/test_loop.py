@@ -1,6 +1,8 @@
 """The loop closed over a real S3 server: a job trains and publishes there, a submitted deployment serves from there."""
 
+import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -9,12 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cluster import keys, records, registry
+from cluster import keys, metrics, records, registry
 from cluster.nodes import LocalCluster
 from cluster.processes import free_ports
+from scripts.demo.monitor import DISCOVERY, Prometheus
 from tests.conftest import TinyModels
 from tests.e2e.conftest import Pair
-from tests.e2e.submit import submit
+from tests.e2e.submit import start, submit, until, write_recipe
 
 NAMES = ("pair-one", "pair-two")
 QUESTION = "Please send three red lamps to Mira in Oslo by Friday."
@@ -77,3 +80,33 @@ def test_the_endpoint_lists_what_the_store_has_and_refuses_what_it_has_not(clien
     assert {model.id for model in client.models.list()} >= {"tiny-test", *NAMES}
     with pytest.raises(openai.NotFoundError, match=r"pair-one.*pair-two"):
         client.completions.create(model="nobody", prompt="x")
+
+
+def test_every_metric_that_is_named_is_in_a_live_scrape(
+    client: openai.OpenAI, ray_cluster: LocalCluster, pair: Pair, tiny_models: TinyModels, rows: Path, tmp_path: Path
+) -> None:
+    """What dashboards and alerts ask for is what a cluster exports that trains and serves, by a real Prometheus."""
+    if shutil.which("prometheus") is None:
+        pytest.skip("no prometheus; Debian's package is `prometheus`, and `scripts/test` installs it as root")
+    recipe = write_recipe(tmp_path, tiny_models["qwen3"], [rows], name="watched", store=pair.store.url)
+    steps = ("train.steps=60", "checkpoint.every_steps=10")
+    with Prometheus(ray_cluster.folder / "0" / DISCOVERY, tmp_path) as prometheus:
+        training = start(ray_cluster, "jobs", "train", str(recipe), *steps)
+        wanted = {metric.exported: metric for metric in metrics.ALL}
+
+        def ask(number: int) -> None:
+            name = NAMES[number % len(NAMES)]
+            client.completions.create(model=name, prompt=QUESTION * 4, max_tokens=16, temperature=0)
+
+        def is_seen() -> bool:
+            with ThreadPoolExecutor(4) as pool:  # at once, so that passes are mixed; again, so that prompts are shared
+                list(pool.map(ask, range(4)))
+            return wanted.keys() <= prometheus.names()
+
+        until(is_seen, training)
+        for name, metric in wanted.items():
+            labels = {label for sample in prometheus.query(name) for label in sample["metric"]}
+            assert set(metric.labels) <= labels, name
+        assert training.wait() == 0
+        states = {rule["name"]: rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]}
+        assert {rule["health"] for rule in states.values()} == {"ok"}

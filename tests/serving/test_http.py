@@ -518,6 +518,9 @@ def test_health_readiness_and_metrics(served: Served) -> None:
         "luthier_requests_total{",
         "luthier_generated_tokens_total{",
         "luthier_kv_blocks{",
+        "luthier_first_token_seconds_bucket{",
+        "luthier_token_seconds_bucket{",
+        "luthier_adapter_tokens_total{",
         'adapter="skill-0@1"',
         f'model="{BASE}"',
     )
