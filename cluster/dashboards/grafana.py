@@ -210,6 +210,16 @@ SERVING = Dashboard(
                 ("{{model}}: most in one forward pass", f"max by (model) ({_of(metrics.BATCH_ADAPTERS_MAX, 'model')})"),
             ],
         ),
+        Panel(
+            "Memory of engines",
+            "bytes",
+            [
+                ("{{model}}: weights of the base", _sum(metrics.WEIGHT_BYTES, "model")),
+                ("{{model}}: key-value cache", _sum(metrics.KV_BYTES, "model")),
+                ("{{model}}: adapters", _sum(metrics.ADAPTER_BYTES, "model")),
+                ("{{model}}: what adapters may take", _sum(metrics.ADAPTER_BYTES_BUDGET, "model")),
+            ],
+        ),
         Panel("Adapter loads a second", "short", [("{{model}}", _rate(metrics.ADAPTER_LOADS, "model", "model"))]),
         Panel(
             "Forward passes a second",

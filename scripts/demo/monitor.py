@@ -120,6 +120,8 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     try:
         discovery = given.file or newest_discovery()
+        if not discovery.is_file():
+            raise InputError(f"{discovery} is no file; name the {DISCOVERY} in the temporary folder of Ray's head")
         with (
             tempfile.TemporaryDirectory(prefix="luthier-monitor-") as folder,
             Prometheus(discovery.resolve(), Path(folder)) as prometheus,
@@ -141,16 +143,16 @@ def show_scrape(prometheus: Prometheus) -> None:
         time.sleep(0.2)
     time.sleep(SCRAPE_S)
     show([{"target": t["scrapeUrl"], "health": t["health"], "error": t["lastError"]} for t in targets], COLUMNS)
-    rows = [
-        {"metric": name, **{key: sample["metric"].get(key) for key in LABELS}, "value": sample["value"][1]}
-        for name in sorted(each.exported for each in metrics.ALL)
-        for sample in prometheus.query(name)
-    ]
-    show(rows, ("metric", *LABELS, "value"))
+    rows = []
+    for metric in sorted(metrics.ALL, key=lambda each: each.exported):
+        name = metric.exported.removesuffix("_bucket") + ("_count" if metric.kind == "histogram" else "")
+        for sample in prometheus.query(name):
+            labels = " ".join(f"{label}={sample['metric'].get(label, '')}" for label in metric.labels)
+            rows.append({"metric": name, "labels": labels, "value": sample["value"][1]})
+    show(rows, ("metric", "labels", "value"))
 
 
 COLUMNS = ("target", "health", "error")
-LABELS = ("run", "model", "adapter", "code")
 
 
 def wait(prometheus: Prometheus) -> None:
