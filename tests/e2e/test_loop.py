@@ -107,6 +107,7 @@ def test_every_metric_that_is_named_is_in_a_live_scrape(
         for name, metric in wanted.items():
             labels = {label for series in prometheus.get("series", **{"match[]": name}) for label in series}
             assert set(metric.labels) <= labels, name
-        assert training.wait() == 0
+        output = training.communicate()[0]
+        assert training.returncode == 0, output
         states = {rule["name"]: rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]}
         assert {rule["health"] for rule in states.values()} == {"ok"}
