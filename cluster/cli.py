@@ -1,4 +1,4 @@
-"""The `luthier` command, and its group `cluster`: clusters, what is in a store, and where aliases point.
+"""The `luthier` command, and its group `cluster`: clusters, what a store holds, where aliases point; why nothing happens.
 
 `luthier GROUP …` runs the `cli` module of the package GROUP, imported only when it is asked for: the ground imports
 nothing that stands on it, and `--help` takes no second. Each group also runs as `python -m GROUP`.
@@ -6,7 +6,9 @@ nothing that stands on it, and `--help` takes no second. Each group also runs as
 
 import importlib
 import json
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,8 @@ GROUPS = {
     "serving": "serve a base and its adapters over HTTP",
     "cluster": "clusters: up, down, status; what the store holds: adapters, aliases, models, runs",
 }
+COMMANDS = {"why": "why nothing happens: the one cause, and what to do"}
+"""Commands of the group `cluster` that also stand alone."""
 
 app = typer.Typer(help="Clusters, and what the store holds.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(launch)
@@ -31,10 +35,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 def main() -> None:
-    """`luthier GROUP COMMAND …`."""
+    """`luthier GROUP COMMAND …`, or `luthier COMMAND …`."""
     group = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if group in COMMANDS:
+        run(app, "luthier", sys.argv[1:])
     if group not in GROUPS:
-        lines = [f"  {name:<8} {what}" for name, what in GROUPS.items()]
+        lines = [f"  {name:<8} {what}" for name, what in (GROUPS | COMMANDS).items()]
         print("\n".join(["usage: luthier GROUP COMMAND …", "", *lines, "", "luthier GROUP --help lists its commands"]))
         sys.exit(0 if group in ("--help", "-h") else 2)
     run(importlib.import_module(f"{group}.cli").app, f"luthier {group}", sys.argv[2:])
@@ -194,3 +200,30 @@ def dashboards(
             print(out / name)
     except OSError as error:
         raise InputError(f"cannot write to {out}: {error.strerror}; name another folder by --out") from None
+
+
+@app.command()
+def why(
+    run: Annotated[str | None, typer.Argument(help="a run, a job, or an application; all if not given")] = None,
+    address: Annotated[str | None, typer.Option(help="the dashboard, http://host:8265. Default: RAY_ADDRESS.")] = None,
+    store: Annotated[str | None, typer.Option("--store", help="the run's store, for its own events and steps")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say why nothing happens: the one cause, what shows it, and what to do. Exit code 1 when something is wrong."""
+    from cluster import env
+    from cluster.errors import ConfigError, Fault
+    from cluster.store import open_existing
+    from cluster.why import explain
+    from cluster.why.finding import Cause
+    from cluster.why.gather import gather
+
+    target = address or os.environ.get(env.RAY_ADDRESS)
+    if not target:
+        raise ConfigError([Fault("command line", "--address", f"name the dashboard, or set {env.RAY_ADDRESS}")])
+    found = explain(gather(target, run, open_existing(store) if store else None))
+    if as_json:
+        print(json.dumps(asdict(found)))
+    else:
+        fix = f"\nfix: {found.fix}" if found.fix else ""
+        print(f"{found.cause}: {found.evidence}{fix}")
+    raise typer.Exit(int(found.cause is not Cause.NOTHING))

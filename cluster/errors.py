@@ -6,6 +6,9 @@
     │   ├── DataError                rows or files that cannot be used
     │   ├── ModelError               unknown, unsupported or incomplete model
     │   └── PlanError                it cannot fit, or the cluster has too little
+    │       ├── ClusterSilent        nothing answers there as Ray's dashboard does
+    │       ├── TokenRefused         the cluster has another token
+    │       └── VersionMismatch      the cluster has another Ray or Python
     ├── StoreError
     │   ├── StoreUnreachable         no answer after the retries
     │   ├── StoreDenied              exit 2: credentials or rights refused
@@ -74,6 +77,18 @@ class ModelError(InputError):
 
 class PlanError(InputError):
     """The job cannot run as asked: it does not fit, or the cluster has too little."""
+
+
+class ClusterSilent(PlanError):
+    """Nothing answers at that address as Ray's dashboard does."""
+
+
+class TokenRefused(PlanError):
+    """The cluster wants a token, and has another than this one."""
+
+
+class VersionMismatch(PlanError):
+    """The cluster has another Ray or Python than this machine: they cannot read each other's pickles."""
 
 
 class StoreError(LuthierError):

@@ -4,6 +4,7 @@ Everything goes to stdout in order; errors go to stderr. Nothing is configured a
 """
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from cluster.errors import LuthierError, exit_code
+
+_PINNED = re.compile(r"the pinned adapter (\S+) is (?:not loaded: (.*)|loaded)$")
 
 
 def console() -> Console:
@@ -35,3 +38,28 @@ def fail(error: LuthierError) -> int:
     """Print an error for a person; returns the exit code."""
     print(f"error: {error}", file=sys.stderr, flush=True)
     return exit_code(error)
+
+
+def pinned_line(adapter: str, problem: str = "") -> str:
+    """What a replica logs when an adapter that it shall hold cannot be loaded, and when that is over."""
+    return f"the pinned adapter {adapter} is {f'not loaded: {problem}' if problem else 'loaded'}"
+
+
+def missing_pinned(log: str) -> dict[str, str]:
+    """The adapters that a log says cannot be loaded, and why."""
+    found: dict[str, str] = {}
+    for line in log.splitlines():
+        if told := _PINNED.search(line):
+            adapter, problem = told.groups()
+            if problem:
+                found[adapter] = problem
+            else:
+                found.pop(adapter, None)
+    return found
+
+
+def error_in(traceback: str) -> str:
+    """The error at the end of a traceback that Ray gives: the last line that is not indented, and what follows."""
+    lines = traceback.strip().splitlines() or [""]
+    starts = [index for index, line in enumerate(lines) if re.match(r"[\w.]+: ", line)]
+    return "\n".join(lines[starts[-1] if starts else -1 :]).removeprefix("cluster.errors.")

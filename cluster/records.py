@@ -5,7 +5,7 @@ files belong to it with their sizes and SHA-256, so it is written last and is th
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from mmap import mmap
@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cluster.errors import ObjectDamaged
+from cluster import keys
+from cluster.errors import ObjectDamaged, ObjectNotFound
 from cluster.store import Store
 
 
@@ -146,6 +147,8 @@ class RunRecord(Record):
 
 RunState = Literal["preparing", "running", "saving", "resuming", "succeeded", "failed", "stopped", "lost"]
 ENDED: tuple[RunState, ...] = ("succeeded", "failed", "stopped")
+LOST_AFTER_S = 60.0
+"""A run that has not ended and whose driver has been silent for so long is lost."""
 
 EventKind = Literal["attempt", "failure", "memory", "move", "skipped", "evaluation"]
 """What an event tells of where a reader goes by it: workers that start, a failure, memory that was too small, a move to
@@ -166,6 +169,21 @@ class RunEvent(Record):
     evaluation_loss: float | None = None
     steps_lost: int = 0
     seconds_lost: float = 0.0
+
+
+def run_state(store: Store, run_id: str, events: Sequence[RunEvent]) -> RunState:
+    """The last state that an event gave; `lost` when the driver has gone silent in one that is not an end."""
+    state: RunState = next((event.state for event in reversed(events) if event.state), "preparing")
+    return state if state in ENDED or _silent_s(store, run_id) <= LOST_AFTER_S else "lost"
+
+
+def _silent_s(store: Store, run_id: str) -> float:
+    """Seconds since the driver's last sign of life; infinite without any."""
+    try:
+        last = read(store, keys.heartbeat(run_id), Heartbeat)
+    except ObjectNotFound:
+        return float("inf")
+    return (datetime.now(UTC) - datetime.fromisoformat(last.at)).total_seconds()
 
 
 class AttemptRecord(Record):

@@ -26,7 +26,7 @@ import aiohttp
 import httpx
 
 from cluster import env
-from cluster.errors import PlanError
+from cluster.errors import ClusterSilent, PlanError, TokenRefused, VersionMismatch
 from cluster.launch.spec import MARKET
 
 _TIMEOUT_S = 10.0
@@ -149,6 +149,20 @@ class Cluster:
         print(f"job {submission_id}: {why}", file=sys.stderr)
         return int(job.get("driver_exit_code") or 1) if job else 1
 
+    def _ask(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.address}{path}", headers=_headers(), timeout=_TIMEOUT_S)
+
+    def read(self, path: str, most_bytes: int | None = None) -> str:
+        """What is there, or no more than its beginning. Raises httpx.HTTPError."""
+        with httpx.stream("GET", f"{self.address}{path}", headers=_headers(), timeout=_TIMEOUT_S) as answer:
+            answer.raise_for_status()
+            text = bytearray()
+            for chunk in answer.iter_bytes():
+                text += chunk
+                if most_bytes and len(text) >= most_bytes:
+                    break
+        return text.decode(errors="replace")
+
     async def _tail(self, submission_id: str, printed: int) -> tuple[int, bool]:
         """Print the log from its character `printed` on. Gives how far it came, and whether that is its end.
 
@@ -178,24 +192,21 @@ class Cluster:
         found: dict[str, Any] = answer.json()
         return found
 
-    def _ask(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.address}{path}", headers=_headers(), timeout=_TIMEOUT_S)
-
     def _check(self) -> None:
         try:
             answer = self._ask("/api/version")
         except httpx.TransportError as error:
-            raise PlanError(
+            raise ClusterSilent(
                 f"no answer from {self.address} ({error}); does the cluster run, and is its tunnel open "
                 "(`luthier cluster dashboard NAME`)?"
             ) from None
         if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-            raise PlanError(
+            raise TokenRefused(
                 f"{self.address} refuses the token; set {env.RAY_AUTH_MODE}=token, and {env.RAY_AUTH_TOKEN_PATH} to "
                 "the file with the cluster's token"
             )
         if not answer.is_success or "ray_version" not in answer.text:
-            raise PlanError(f"{self.address} answers {answer.status_code}, and not as Ray's dashboard does")
+            raise ClusterSilent(f"{self.address} answers {answer.status_code}, and not as Ray's dashboard does")
         _compare("Ray", answer.json()["ray_version"], version("ray"))
         data = self._ask("/api/v0/cluster_metadata").json()["data"]
         _compare("Python", _minor(data["pythonVersion"]), _minor(platform.python_version()))
@@ -219,7 +230,9 @@ def _headers() -> dict[str, str]:
 
 def _compare(what: str, theirs: str, ours: str) -> None:
     if theirs != ours:
-        raise PlanError(f"the cluster has {what} {theirs}, and this is {ours}; what one pickles, the other cannot read")
+        raise VersionMismatch(
+            f"the cluster has {what} {theirs}, and this is {ours}; what one pickles, the other cannot read"
+        )
 
 
 def _minor(python: str) -> str:

@@ -247,6 +247,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the run has ended or is lost")] = False,
 ) -> None:
     """Print what happened to a run, a line an event; from the store, so it needs no cluster."""
+    from cluster import records
     from cluster.store import open_existing
     from jobs import runs
 
@@ -255,7 +256,7 @@ def logs(
         cost = f" ({event.steps_lost} steps, {event.seconds_lost:.1f} s lost)" if event.steps_lost else ""
         print(f"{event.at}  {event.state or '':<10} {event.text}{cost}", flush=True)
     if runs.find(opened, run_id).state == "lost":
-        silent = f"its driver has given no sign of life for {runs.LOST_AFTER_S:.0f} s"
+        silent = f"its driver has given no sign of life for {records.LOST_AFTER_S:.0f} s"
         print(f"{'now':<20}  lost       {silent}; `luthier jobs resume {run_id} --store {store}` goes on with it")
 
 

@@ -10,7 +10,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
@@ -32,9 +31,6 @@ from cluster.records import (
 from cluster.store import Store
 
 HEARTBEAT_S = 10.0
-LOST_AFTER_S = 60.0
-"""A run that has not ended and whose driver has been silent for so long is lost."""
-
 FOLLOW_S = 2.0
 
 
@@ -136,7 +132,7 @@ def find(store: Store, run_id: str) -> Run:
             f"no run {run_id!r} in {store.url}; `luthier jobs list --store {store.url}` shows them"
         ) from None
     events = read_events(store, run_id)
-    return Run(record, _state(events, _silent_s(store, run_id)), events)
+    return Run(record, records.run_state(store, run_id, events), events)
 
 
 def checkpoint_steps(store: Store, run_id: str) -> list[int]:
@@ -230,21 +226,6 @@ def follow(store: Store, run_id: str, wait: bool) -> Iterator[RunEvent]:
         if not wait or run.state in (*ENDED, "lost"):
             return
         time.sleep(FOLLOW_S)
-
-
-def _state(events: list[RunEvent], silent_s: float) -> RunState:
-    """The last state that an event gave, unless the driver has gone silent in one that is not an end. Pure."""
-    state: RunState = next((event.state for event in reversed(events) if event.state), "preparing")
-    return state if state in ENDED or silent_s <= LOST_AFTER_S else "lost"
-
-
-def _silent_s(store: Store, run_id: str) -> float:
-    """Seconds since the driver's last sign of life; infinite without any."""
-    try:
-        last = records.read(store, keys.heartbeat(run_id), Heartbeat)
-    except ObjectNotFound:
-        return float("inf")
-    return (datetime.now(UTC) - datetime.fromisoformat(last.at)).total_seconds()
 
 
 def _lines(store: Store, key: str) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,6 @@ name again updates it in place; a stream that runs finishes on its old replica.
 
 import logging
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ import cluster
 import serving
 from cluster import env, models, secret
 from cluster.errors import ConfigError, Fault, PlanError, RunFailed
+from cluster.logs import error_in
 from cluster.session import check_address
 from cluster.store import open_store
 from serving.app import REPLICA, build
@@ -147,7 +147,8 @@ def _wait_until_running(config: ServingConfig, deadline: float, tell: Callable[[
             case ApplicationStatus.RUNNING:
                 return
             case ApplicationStatus.DEPLOY_FAILED | ApplicationStatus.UNHEALTHY:
-                raise RunFailed(f"{config.name} cannot be served: {_reason(messages or [application.message])}")
+                reason = error_in("\n".join(messages) or application.message) or "Serve gives no reason"
+                raise RunFailed(f"{config.name} cannot be served: {reason}")
         if time.monotonic() > deadline:
             raise PlanError(
                 f"{config.name} is not up yet ({news}); a replica takes {config.replicas.cpus:g} CPUs and "
@@ -155,13 +156,6 @@ def _wait_until_running(config: ServingConfig, deadline: float, tell: Callable[[
                 f"see `luthier serving status {config.name}`, or `luthier serving shutdown {config.name}`"
             )
         time.sleep(_POLL_S)
-
-
-def _reason(messages: list[str]) -> str:
-    """The error at the end of the traceback that Serve gives: the last line that is not indented, and what follows."""
-    lines = "\n".join(messages).strip().splitlines() or ["Serve gives no reason"]
-    starts = [index for index, line in enumerate(lines) if re.match(r"[\w.]+: ", line)]
-    return "\n".join(lines[starts[-1] if starts else -1 :]).removeprefix("cluster.errors.")
 
 
 def _free() -> str:

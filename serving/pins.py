@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 
 from cluster.errors import LuthierError
+from cluster.logs import pinned_line
 from cluster.records import AdapterRecord
 from serving.adapters import AdapterCache
 from serving.resolver import Resolver
@@ -17,12 +18,11 @@ _log = logging.getLogger(__name__)
 
 
 async def keep_pinned(names: Sequence[str], resolver: Resolver, adapters: AdapterCache, refresh_s: float) -> None:
-    """Until cancelled. What cannot be looked up or loaded is logged, once for each reason, and tried again; the version
-    that was there before stays pinned meanwhile."""
+    """Until cancelled. What cannot be looked up or loaded is logged, once for each reason, and tried again, and that it
+    is there at last is logged too: `luthier why` reads it. The version that was there before stays pinned meanwhile."""
     pinned: dict[str, AdapterRecord] = {}
-    said: set[str] = set()
+    said: dict[str, str] = {}
     while True:
-        failed = False
         for name in names:
             try:
                 record = await resolver.resolve(name)
@@ -30,11 +30,10 @@ async def keep_pinned(names: Sequence[str], resolver: Resolver, adapters: Adapte
                     await adapters.prefetch(record)
                     pinned[name] = record
                     adapters.pin(pinned.values())  # now: the next one's load must not evict it
+                if name in pinned and said.pop(name, None):
+                    _log.warning(pinned_line(name))
             except LuthierError as error:
-                failed = True
-                if str(error) not in said:
-                    said.add(str(error))
-                    _log.warning("the pinned adapter %s is not loaded: %s", name, error)
-        if not failed:
-            said.clear()
+                if said.get(name) != str(error):
+                    said[name] = str(error)
+                    _log.warning(pinned_line(name, str(error)))
         await asyncio.sleep(refresh_s)

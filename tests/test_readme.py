@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster import cli
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TOP = ("configs", "cluster", "jobs", "serving", "scripts", "tests")
@@ -42,7 +44,8 @@ COMMANDS = sorted(set(re.findall(r"^    luthier (.+)$", README, re.MULTILINE)))
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_exists_with_its_options(command: str) -> None:
-    group, name, *arguments = shlex.split(command, comments=True)
+    words = shlex.split(command, comments=True)
+    group, name, *arguments = ["cluster", *words] if words[0] in cli.COMMANDS else words
     shown = subprocess.run([sys.executable, "-m", group, name, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr
     for option in (argument for argument in arguments if argument.startswith("--")):
