@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from ray.job_submission import JobSubmissionClient
 
-from cluster.nodes import SPOT_LABEL, Group, LocalCluster
+from cluster.launch.spec import MARKET
+from cluster.nodes import Group, LocalCluster
 from cluster.processes import free_ports, ray_processes
 from cluster.why import explain
 from cluster.why.facts import NodeGroup
@@ -110,7 +111,7 @@ def test_an_empty_cluster_has_nothing_wrong(cluster: LocalCluster) -> None:
     facts = gather(cluster.dashboard_url, None, None)
     assert facts.unread == ()
     assert facts.autoscaler
-    labels = {SPOT_LABEL: "on-demand"}
+    labels = {MARKET: "on-demand"}
     assert facts.autoscaler.groups == {each.name: NodeGroup(each.resources, each.most, labels) for each in (SMALL, BIG)}
     (head,) = facts.nodes
     assert 0 < head.disk < 1
