@@ -1,4 +1,4 @@
-"""The `luthier` command and its group `cluster`: clusters, what a store holds, where aliases point, why nothing happens.
+"""The `luthier` command and its group `cluster`: clusters, what a store holds, its aliases, why nothing happens.
 
 `luthier GROUP …` runs the `cli` module of the package GROUP, imported only when it is asked for: the ground imports
 nothing that stands on it, and `--help` takes no second. Each group also runs as `python -m GROUP`.

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from cluster.errors import LuthierError
+from cluster.errors import InvalidRequest, LuthierError
 from serving.calls import ChoiceEvent
-from serving.engine.protocol import TokenEvent, TokenLogprob
+from serving.engine.protocol import GRAMMAR_FAILED, TokenEvent, TokenLogprob
 
 Json = dict[str, Any]
 
@@ -183,8 +183,10 @@ def _text(events: list[TokenEvent]) -> str:
 def _reason(events: list[TokenEvent]) -> str | None:
     """OpenAI knows `stop` and `length`; everything else is an answer that did not come to its end."""
     last = events[-1]
+    if last.error is not None and last.error.startswith(GRAMMAR_FAILED):
+        raise InvalidRequest(f"{last.error}; ask for a smaller one")
     if last.finish_reason in ("error", "cancelled"):
-        raise LuthierError(f"the answer ended early: {last.error or last.finish_reason}; send the request again")
+        raise LuthierError(f"the answer ended early: {last.error or last.finish_reason}")
     return last.finish_reason
 
 

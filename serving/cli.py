@@ -4,6 +4,7 @@ Commands import what they need when they run, so that --help takes no second.
 """
 
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -79,8 +80,11 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
 ) -> None:
     """Ask one question and stream the answer; the weights that answer are named on stderr."""
+    from cluster.errors import ConfigError, Fault
     from serving.client import Client
 
+    if not math.isfinite(temperature):
+        raise ConfigError([Fault("command line", "--temperature", f"got {temperature}; write a number from 0 to 2")])
     client = Client(url)
     for piece in client.stream(model, question, max_tokens, temperature):
         print(piece, end="", flush=True)

@@ -15,6 +15,7 @@ import ray
 from ray import serve
 from ray.serve.api import RunTarget
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.schema import ApplicationStatus
 
 import cluster
@@ -81,8 +82,14 @@ def status(name: str) -> tuple[str, list[ReplicaStatus]]:
     applications = serve.status().applications
     if name not in applications:
         raise ConfigError([Fault("serving", "name", f"no application {name!r}; there are: {', '.join(applications)}")])
-    replicas = serve.get_deployment_handle(REPLICA, app_name=name).broadcast("status")
-    return applications[name].status.value, replicas.results(timeout_s=_STATUS_TIMEOUT_S)
+    state, handle = applications[name].status.value, serve.get_deployment_handle(REPLICA, app_name=name)
+    # In a loop of the router's own: Serve's throughput mode, where this shell has its variables, expects one of ours.
+    if not handle.is_initialized:  # Serve keeps handles
+        handle._init(_run_router_in_separate_loop=True)
+    try:
+        return state, handle.broadcast("status").results(timeout_s=_STATUS_TIMEOUT_S)
+    except DeploymentUnavailableError:
+        return state, []  # scaled to zero, or still starting
 
 
 def applications() -> list[str]:

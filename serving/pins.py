@@ -30,7 +30,7 @@ async def keep_pinned(names: Sequence[str], resolver: Resolver, adapters: Adapte
                     await adapters.prefetch(record)
                     pinned[name] = record
                     adapters.pin(pinned.values())  # now: the next one's load must not evict it
-                if name in pinned and said.pop(name, None):
+                if name in pinned and said.pop(name, ""):
                     _log.warning(pinned_line(name))
             except LuthierError as error:
                 if said.get(name) != str(error):

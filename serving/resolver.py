@@ -219,8 +219,16 @@ class Resolver:
         ]
         if not found:  # published and never promoted: its last version is what there is to ask for
             found = [(f"{name}@{version}", version) for version in registry.version_numbers(self._store, name)[-1:]]
-        records = [(id_, self._record(name, version)) for id_, version in found]
-        return [ServedModel(id_, _seconds(each.created_at), each) for id_, each in records if self._is_ours(each)]
+        served = []
+        for id_, version in found:
+            try:
+                record = self._record(name, version)
+            except AdapterNotFound as error:  # of one alias; the others are listed all the same
+                _log.warning("%s is left out of the list of models: %s", id_, error)
+                continue
+            if self._is_ours(record):
+                served.append(ServedModel(id_, _seconds(record.created_at), record))
+        return served
 
     def _is_ours(self, record: AdapterRecord) -> bool:
         return (record.base.name, record.base.revision) == (self._base.name, self._base.revision)

@@ -252,6 +252,9 @@ def _whole(folder: Path, module: str, base: LinearLayer) -> nn.Linear:
 def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
     """peft's rule: the first pattern that matches the end of the path, whole components only."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error as error:
+            raise AdapterRefused(f"the adapter's pattern {pattern!r} is no regular expression: {error}") from None
     return default

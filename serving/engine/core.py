@@ -16,7 +16,14 @@ from cluster.errors import InvalidRequest, RequestError, UnknownModel
 from serving.engine.adapter import Adapter, Target
 from serving.engine.grammar import Grammars
 from serving.engine.model import PackedModel
-from serving.engine.protocol import EngineStats, FinishReason, GenerationRequest, TokenEvent, TokenLogprob
+from serving.engine.protocol import (
+    GRAMMAR_FAILED,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    TokenEvent,
+    TokenLogprob,
+)
 from serving.engine.sampling import Choice, Shaping, choose, new_generator
 from serving.engine.scheduler import Chunk, Scheduler, Sequence
 from serving.engine.text import TextStream
@@ -255,5 +262,5 @@ class EngineCore:
 
 def _why_no_token(live: _Live) -> str:
     if live.shaping is not None and live.shaping.error is not None:
-        return f"the grammar leaves no token: {live.shaping.error}"
+        return f"{GRAMMAR_FAILED}: {live.shaping.error}"
     return f"the model's logits are not finite with adapter {live.sequence.request.adapter or '(none)'}"

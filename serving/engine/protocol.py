@@ -21,6 +21,9 @@ MAX_REPETITION_PENALTY = 1000.0  # and no less than one through it: further out,
 MakeRoom = Callable[[int], Awaitable[None]]
 """Awaited by an engine with the bytes that an adapter is about to take in it."""
 
+GRAMMAR_FAILED = "the grammar leaves no token"
+"""What the error of an answer begins with whose grammar met a limit: the request is at fault, asked again too."""
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 GrammarKind = Literal["json_schema", "regex", "choice", "lark"]
 Quantization = Literal["int8", "nf4"]  # of the base's weights (quantized.py)

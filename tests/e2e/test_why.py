@@ -24,6 +24,8 @@ from cluster.why.gather import gather
 from tests.conftest import TinyModels
 from tests.e2e.submit import DEADLINE_S, ROOT, start
 
+pytestmark = pytest.mark.long
+
 SMALL, BIG = Group("small", {"CPU": 1}, most=2), Group("big", {"CPU": 2}, most=1)
 
 

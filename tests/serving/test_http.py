@@ -293,6 +293,11 @@ def test_an_answer_is_held_to_its_schema_and_what_cannot_be_held_to_is_a_400(ser
     )
     assert word.choices[0].text in ("yes", "no")
 
+    with pytest.raises(openai.BadRequestError, match="the grammar leaves no token"):
+        client.completions.create(
+            model=BASE, prompt="a", max_tokens=16, extra_body={"structured_outputs": {"regex": "a{1000000}"}}
+        )
+
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError, match="uniqueItems") as caught:
             ask({"type": "array", "uniqueItems": True}, stream=stream)

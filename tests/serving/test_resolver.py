@@ -1,6 +1,7 @@
 """Which version answers for a name, and since when: an alias that moves is live in time, and loaded before it is."""
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -112,5 +113,20 @@ def test_what_was_not_there_is_there_in_time(tmp_path: Path) -> None:
         desk.now += REFRESH_S
         record = await desk.resolver.resolve("a@mine")
         assert record == desk.versions[1]
+
+    asyncio.run(main())
+
+
+def test_an_alias_without_its_version_takes_no_other_name_along(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    last = max(desk.store.list("aliases/a/"), key=lambda item: item.key).key
+    entry = json.loads(desk.store.get(last))
+    desk.store.create("aliases/lost/00000001.json", json.dumps({**entry, "stable": 9}).encode())
+    desk.store.create("adapters/lost/1/claim", b"{}")
+
+    async def main() -> None:
+        assert [model.id for model in await desk.resolver.models()] == ["base", "a"]
+        with pytest.raises(UnknownModel, match=r"no model 'lost' here; base: base; adapters: a$"):
+            await desk.resolver.resolve("lost")
 
     asyncio.run(main())
