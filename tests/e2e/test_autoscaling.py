@@ -83,6 +83,7 @@ def recipe(tiny_models: TinyModels, rows: Path, tmp_path_factory: pytest.TempPat
 
 
 KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+STEPS = 200  # of nine times the usual batch: longer than it takes to hear of a notice
 TWO = ("train.workers=2", "cluster.autoscales=true")
 
 
@@ -164,10 +165,11 @@ def test_nodes_come_for_a_job_and_go_after_it_and_no_secret_is_seen(
     wait_until_gone(elastic, 60)
 
 
+@pytest.mark.long
 def test_a_spot_node_that_is_taken_costs_no_step(elastic: LocalCluster, metadata: Metadata, recipe: Path) -> None:
     store = open_store(f"file://{recipe.parent}/store")
     before = set(runs.run_ids(store))
-    steps = ("train.steps=200", "checkpoint.every_steps=1000", "train.max_failures=0")
+    steps = (f"train.steps={STEPS}", "train.global_batch=36", "checkpoint.every_steps=1000", "train.max_failures=0")
     results = []
     driver = threading.Thread(target=lambda: results.append(train(elastic, recipe, *TWO, *steps)))
     driver.start()
@@ -185,11 +187,12 @@ def test_a_spot_node_that_is_taken_costs_no_step(elastic: LocalCluster, metadata
     assert len(moved) == 1
     first = [attempt.first_step for attempt in runs.attempts(store, run_id)]
     done = [int(step["step"]) for step in runs.read_steps(store, run_id)]
-    assert done == list(range(200))
+    assert done == list(range(STEPS))
     assert len(first) == 2
-    assert 0 < first[1] < 200
+    assert 0 < first[1] < STEPS
 
 
+@pytest.mark.long
 def test_without_spot_capacity_it_is_on_demand_within_a_minute(elastic: LocalCluster, recipe: Path) -> None:
     wait_until_gone(elastic, 60)
     elastic.sell_out("spot")
