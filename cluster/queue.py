@@ -113,7 +113,8 @@ class Queue:
     def _let_in(self, nodes: Sequence[Resources] | None) -> None:
         if self._clock() < self._opens_at:
             return
-        for entry in self._order():
+        while waiting := self._order():  # anew after each: whoever was let in weighs for the next one's turn
+            entry = waiting[0]
             inside = [each.ticket for each in self._entries.values() if each.is_in]
             if nodes is not None and not fits([*inside, entry.ticket], nodes):
                 return

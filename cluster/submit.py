@@ -132,7 +132,7 @@ class Cluster:
             try:
                 printed, is_whole = asyncio.run(self._tail(submission_id, printed))
                 job = self._job(submission_id)
-            except (aiohttp.ClientError, httpx.TransportError) as error:
+            except (aiohttp.ClientError, httpx.HTTPError) as error:
                 if not failures:
                     why = str(error) or type(error).__name__
                     print(f"{self.address} does not answer ({why}); the job goes on, asking again", file=sys.stderr)

@@ -65,14 +65,13 @@ def submit(
     shape = shape_of(loaded.model)
     if shape:
         make_plan(loaded, shape)
-    given = {"recipe": [str(recipe)], "data": [*loaded.data.train, *loaded.data.evaluation]}
     _submit(
         address,
         loaded.name,
         ["python", "-m", "jobs.train", str(recipe), *(overrides or [])],
         loaded.model_dump_json(),
         loaded.cluster.driver_cpus,
-        [path for paths in given.values() for path in paths],
+        [str(recipe), *loaded.data.train, *loaded.data.evaluation],
         detach=detach,
         again=again,
     )

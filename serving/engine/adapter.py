@@ -205,8 +205,8 @@ def _pair(
             "decoder; is it an adapter of another base?"
         )
     base = target.linears[module]
-    rank = int(_by_pattern(config.get("rank_pattern"), module, config["r"]))
-    alpha = float(_by_pattern(config.get("alpha_pattern"), module, config["lora_alpha"]))
+    rank = int(_by_pattern(folder, config.get("rank_pattern"), module, config["r"]))
+    alpha = float(_by_pattern(folder, config.get("alpha_pattern"), module, config["lora_alpha"]))
     if rank > target.max_rank:
         raise AdapterRefused(
             f"{folder}: {module} has rank {rank}, above this engine's max_rank of {target.max_rank}; raise max_rank"
@@ -249,12 +249,12 @@ def _whole(folder: Path, module: str, base: LinearLayer) -> nn.Linear:
     )
 
 
-def _by_pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+def _by_pattern(folder: Path, patterns: Mapping[str, float] | None, module: str, default: float) -> float:
     """peft's rule: the first pattern that matches the end of the path, whole components only."""
     for pattern, value in (patterns or {}).items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
                 return value
         except re.error as error:
-            raise AdapterRefused(f"the adapter's pattern {pattern!r} is no regular expression: {error}") from None
+            raise AdapterRefused(f"{folder}: the pattern {pattern!r} is no regular expression: {error}") from None
     return default

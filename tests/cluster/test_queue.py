@@ -60,6 +60,18 @@ def test_two_users_with_three_jobs_each_get_the_same_whoever_came_first() -> Non
     assert world.started == ["ann-0", "ann-1", "bob-0", "bob-1", "ann-2", "bob-2"]  # nobody else was there at first
 
 
+def test_two_places_that_come_free_at_once_go_to_two_users() -> None:
+    world = World([{"CPU": 2.0}])
+    world.submit(Ticket("whole", "cat", 2, ONE), 5)
+    world.step()
+    for user in ("ann", "bob"):
+        for number in range(2):
+            world.submit(Ticket(f"{user}-{number}", user, 1, ONE), 5)
+    while world.jobs:
+        world.step()
+    assert world.started == ["whole", "ann-0", "bob-0", "ann-1", "bob-1"]
+
+
 def test_priority_goes_first_and_does_not_push_out_what_runs() -> None:
     world = World([ONE])
     world.submit(Ticket("first", "ann", 1, ONE), 5)

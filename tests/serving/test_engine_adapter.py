@@ -173,6 +173,14 @@ def test_dora_is_what_peft_merges(recipe: int, tiny: Tiny, drive: Drive, recipes
         torch.testing.assert_close(scale * base.bias + shift, merged[path].bias, atol=1e-5, rtol=1e-5)
 
 
+def test_a_pattern_that_is_none_is_refused(
+    model: TinyModel, target: Target, recipes: tuple[LoraRecipe, ...], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(model.adapter(recipes[0]), tmp_path / "pattern"))
+    change_config(copy, alpha_pattern={"(": 64})
+    assert "'(' is no regular expression" in refused(copy, target)
+
+
 def test_a_dora_folder_that_is_not_whole_is_refused(
     model: TinyModel, target: Target, recipes: tuple[LoraRecipe, ...], tmp_path: Path
 ) -> None:

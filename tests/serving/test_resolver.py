@@ -122,7 +122,7 @@ def test_an_alias_without_its_version_takes_no_other_name_along(tmp_path: Path) 
     last = max(desk.store.list("aliases/a/"), key=lambda item: item.key).key
     entry = json.loads(desk.store.get(last))
     desk.store.create("aliases/lost/00000001.json", json.dumps({**entry, "stable": 9}).encode())
-    desk.store.create("adapters/lost/1/claim", b"{}")
+    registry.publish(desk.store, "lost", tmp_path / "made-1", BASE, "run", 1)
 
     async def main() -> None:
         assert [model.id for model in await desk.resolver.models()] == ["base", "a"]
