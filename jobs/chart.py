@@ -84,8 +84,9 @@ class Scale:
 def ticks(low: float, high: float, about: int) -> list[float]:
     """Round values from below `low` to above `high`: multiples of 1, 2 or 5 times a power of ten (Heckbert 1990).
 
-    Equal limits are first moved apart.
+    Equal limits are first moved apart; what is nearer to 0 than 1e-290, where quotients underflow, counts as 0.
     """
+    low, high = (0.0 if abs(limit) < 1e-290 else limit for limit in (low, high))
     if low == high:
         low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
     rough = (high - low) / about

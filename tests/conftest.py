@@ -27,6 +27,7 @@ from tests.e2e.submit import started, write_rows
 from tests.servers import S3Server, shared
 
 hypothesis.settings.register_profile("unhurried", deadline=None)  # no test fails for a busy machine
+hypothesis.settings.register_profile("guard", deadline=None, derandomize=True)  # a commit is judged by its own changes
 hypothesis.settings.load_profile("unhurried")
 
 
