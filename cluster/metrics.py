@@ -103,6 +103,18 @@ CHECKPOINT_STALL_SECONDS = Metric(
 )
 PADDING = Metric("luthier_padding_ratio", "gauge", "Share of the last step's computed tokens that pad.", ("run",))
 TRAINING_WORKERS = Metric("luthier_training_workers", "gauge", "Workers of the last step.", ("run",))
+WORKER_MEMORY = Metric(
+    "luthier_worker_memory_bytes", "gauge", "Memory of the fullest worker: of its GPU, or resident on CPUs.", ("run",)
+)
+WORKER_MEMORY_LIMIT = Metric(
+    "luthier_worker_memory_limit_bytes", "gauge", "What a worker may have of it, by the cluster's file.", ("run",)
+)
+MFU = Metric(
+    "luthier_training_mfu_ratio",
+    "gauge",
+    "Share of the GPUs' peak in bf16 that the last step's model needed; for clusters that name a GPU type.",
+    ("run",),
+)
 LAST_STEP_AT = Metric(
     "luthier_last_step_timestamp_seconds",
     "gauge",
@@ -121,6 +133,12 @@ TRAINING_FAILURES = Metric(
 
 RAY_RESOURCES = Metric("ray_resources", "gauge", "Ray's own: logical resources.", ("Name", "State"))
 RAY_NODES = Metric("ray_cluster_active_nodes", "gauge", "Ray's own: nodes by type.", ("node_type",))
+RAY_PENDING_NODES = Metric(
+    "autoscaler_pending_nodes",
+    "gauge",
+    "Ray's own: nodes that its autoscaler has asked for, and that are not there; also those whose launch fails.",
+    ("NodeType",),
+)
 RAY_MEMORY_AVAILABLE = Metric("ray_node_mem_available", "gauge", "Ray's own: a node's free memory, bytes.", ("ip",))
 RAY_MEMORY_TOTAL = Metric("ray_node_mem_total", "gauge", "Ray's own: a node's memory, bytes.", ("ip",))
 RAY_DISK_USED = Metric(

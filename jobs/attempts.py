@@ -31,8 +31,10 @@ from cluster.records import EventKind, RunRecord
 from cluster.store import Store
 from jobs import runs
 from jobs.config import Recipe
+from jobs.cost import worker_tokens_per_s
 from jobs.gauges import TrainingGauges
 from jobs.job import Job
+from jobs.memory import GIB
 from jobs.plan import make_plan
 from jobs.progress import Board
 from jobs.pulse import Pulse
@@ -62,7 +64,8 @@ class Attempts:
         self._store = store
         self._plain_store = plain_store
         self._failures = 0
-        self._gauges = TrainingGauges(record.run_id)
+        limit = recipe.cluster.memory_gb_per_worker * GIB
+        self._gauges = TrainingGauges(record.run_id, limit, worker_tokens_per_s(recipe, shape))
         # On the driver's node, so that no lost worker node takes it along.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()

@@ -142,19 +142,29 @@ def estimate_cost(recipe: Recipe, shape: Shape, work: Work, host_bytes: int | No
     )
 
 
-def flops_per_token(recipe: Recipe, shape: Shape) -> float:
+def flops_per_token(recipe: Recipe, shape: Shape, *, is_useful: bool = False) -> float:
     """Multiplications and additions of forward and backward for a token, after Kaplan et al. 2020.
 
     2 for each weight that it meets, forward; as many for the gradient of the input, and as many again for that of a
     weight that is trained; 2 more where checkpointing computes forward twice. The input embedding is looked up, not
     multiplied. Attention's own products: 2·2·heads·head_dim for each of half the sequence, three times in all.
+
+    Args:
+        is_useful: leave out what is only computed again, as the MFU of Chowdhery et al. 2022 does.
     """
     matrices = shape.parameters - (0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size)
     passes = 2 if recipe.method.kind == "lora" else 3
-    passes += 1 if recipe.train.activation_checkpointing else 0
+    passes += 1 if recipe.train.activation_checkpointing and not is_useful else 0
     attention = 3 * 2 * 2 * shape.num_hidden_layers * shape.query_size * recipe.data.sequence_length / 2
     adapter = 6 * trained_parameters(recipe, shape) if recipe.method.kind == "lora" else 0
     return 2 * passes * matrices + attention + adapter
+
+
+def worker_tokens_per_s(recipe: Recipe, shape: Shape) -> float | None:
+    """At the peak of a worker's GPU, all of it useful: a throughput's share of this is its MFU. None without a type."""
+    if not recipe.cluster.gpu:
+        return None
+    return find_gpu(recipe.cluster.gpu).bf16_tflops * 1e12 / flops_per_token(recipe, shape, is_useful=True)
 
 
 def _time_and_money(recipe: Recipe, shape: Shape, work: Work) -> tuple[Span | None, Span | None, str]:

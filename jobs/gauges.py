@@ -13,8 +13,13 @@ from jobs.progress import StepRecord
 class TrainingGauges:
     """The metrics of one run, from its driver's start to `end`."""
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, run_id: str, memory_limit_bytes: float, peak_tokens_per_s: float | None) -> None:
+        """Args:
+        memory_limit_bytes: what a worker may have.
+        peak_tokens_per_s: of one worker, at the peak of its GPU; None where that is not known.
+        """
         self._labels = {"run": run_id}
+        self._peak_tokens_per_s = peak_tokens_per_s
         self._checkpoint: str | None = None
         self._skipped = 0
         self._active = gauge(metrics.RUN_ACTIVE)
@@ -24,6 +29,9 @@ class TrainingGauges:
         self._tokens_per_s = gauge(metrics.TOKENS_PER_S)
         self._padding = gauge(metrics.PADDING)
         self._workers = gauge(metrics.TRAINING_WORKERS)
+        self._memory = gauge(metrics.WORKER_MEMORY)
+        self._memory_limit = gauge(metrics.WORKER_MEMORY_LIMIT)
+        self._mfu = gauge(metrics.MFU)
         self._skipped_steps = gauge(metrics.SKIPPED_STEPS)
         self._failures = gauge(metrics.TRAINING_FAILURES)
         self._last_step_at = gauge(metrics.LAST_STEP_AT)
@@ -36,6 +44,7 @@ class TrainingGauges:
         self._stall_s = counter(metrics.CHECKPOINT_STALL_SECONDS)
         for each, value in (
             (self._active, 1.0),
+            (self._memory_limit, memory_limit_bytes),
             (self._failures, 0.0),
             (self._skipped_steps, 0.0),
             (self._last_step_at, time.time()),
@@ -56,6 +65,8 @@ class TrainingGauges:
             (self._tokens_per_s, last.tokens_per_s),
             (self._padding, last.padding_fraction),
             (self._workers, last.world_size),
+            (self._memory, last.memory_bytes),
+            (self._mfu, self._share_of_peak(last)),
             (self._skipped_steps, self._skipped),
             (self._last_step_at, time.time()),
         ):
@@ -67,6 +78,9 @@ class TrainingGauges:
         self._add(self._step_s, [step.step_s for step in steps])
         self._add(self._data_wait_s, [step.data_wait_s for step in steps])
         self._add(self._stall_s, [step.checkpoint_stall_s for step in steps])
+
+    def _share_of_peak(self, step: StepRecord) -> float | None:
+        return step.tokens_per_s / (step.world_size * self._peak_tokens_per_s) if self._peak_tokens_per_s else None
 
     def saw_checkpoint(self, key: str | None) -> None:
         """The newest committed checkpoint, as far as the driver knows; None before there is one."""

@@ -28,6 +28,8 @@ PUSH_S = 0.5
 class StepRecord:
     """One optimizer step, over all workers. Losses are per supervised token; `cpu_s` is rank 0's processor time.
 
+    `memory_bytes` is what the fullest worker holds after it: of its GPU, or resident where it computes on CPUs.
+
     A step whose loss or gradient is not finite changes nothing: it has neither figure here, and is `skipped`.
     """
 
@@ -45,6 +47,7 @@ class StepRecord:
     checkpoint_stall_s: float
     padding_fraction: float
     world_size: int
+    memory_bytes: int
     skipped: bool = False
 
     def to_json(self) -> str:

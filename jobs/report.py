@@ -13,6 +13,7 @@ from cluster.records import now
 from jobs.chart import MARKS, Chart, Curve, draw
 from jobs.history import History, evaluations, lost, marks, totals
 from jobs.markup import tag, write
+from jobs.memory import GIB
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _STYLE = Path(__file__).with_name("report.css")
@@ -48,7 +49,7 @@ def charts(history: History) -> list[Chart]:
     """What is drawn, in order."""
 
     def curve(name: str, key: str, factor: float = 1.0) -> Curve:
-        values = ((step["step"] + 1, step[key]) for step in history.steps)
+        values = ((step["step"] + 1, step.get(key)) for step in history.steps)
         return Curve(name, [(done, None if value is None else value * factor) for done, value in values])
 
     measured = evaluations(history)
@@ -62,6 +63,7 @@ def charts(history: History) -> list[Chart]:
         Chart("Time of a step", "s", [*times, curve("standing still for a checkpoint", "checkpoint_stall_s")]),
         Chart("Padding", "% of computed tokens", [curve("padding", "padding_fraction", 100.0)]),
         Chart("Workers", "ranks", [curve("workers", "world_size")]),
+        Chart("Memory of the fullest worker", "GiB", [curve("memory", "memory_bytes", 1 / GIB)]),
     ]
 
 

@@ -148,7 +148,7 @@ class Trainer:
         mark(f"step {self.step}: reduction of gradients and the optimizer's step")
         norm = engine.step(rate)
         mark(f"step {self.step}: reduction of the loss")
-        loss = self._agree(loss)
+        loss, memory_bytes = self._agree(loss)
         is_finite = self._judge(loss.item(), norm)
         self._watchdog.step_done()
 
@@ -171,6 +171,7 @@ class Trainer:
             checkpoint_stall_s=stall_s,  # of the checkpoint before this step
             padding_fraction=0.0,  # rows are as long as their samples
             world_size=engine.world_size,
+            memory_bytes=memory_bytes,
             skipped=not is_finite,
         )
 
@@ -180,17 +181,22 @@ class Trainer:
         self._saver.settle()
         self._stall_s += time.perf_counter() - began
 
-    def _agree(self, loss: Tensor) -> Tensor:
-        """The step's loss over all ranks; and in the same message what all do next. Raises RunFailed on every rank."""
+    def _agree(self, loss: Tensor) -> tuple[Tensor, int]:
+        """The step's loss over all ranks, and the memory of the fullest; and in the same message what all do next.
+
+        Raises RunFailed on every rank.
+        """
         requests = self._recorder.requests() if self._recorder else set()
         mine = ("stop" in requests, "move" in requests, self._saver.is_full, self._saver.failure is not None)
-        message = torch.stack([loss, *(loss.new_tensor(float(flag)) for flag in mine)])
+        memory = [0.0] * self._engine.world_size  # a place each, since a sum is what all else needs
+        memory[self._rank] = float(self._engine.held_bytes())
+        message = torch.cat([loss[None], loss.new_tensor([*map(float, mine), *memory])])
         dist.all_reduce(message)
-        stop, move, self._is_any_full, has_failed = (bool(flag) for flag in message[1:])
+        stop, move, self._is_any_full, has_failed = (bool(flag) for flag in message[1 : 1 + len(mine)])
         self._asked = "stopped" if stop else "moving" if move else None
         if has_failed:
             raise self._saver.failure or RunFailed(f"run {self._job.run_id}: a rank can store no checkpoint any more")
-        return message[0]
+        return message[0], int(message[1 + len(mine) :].max())
 
     def _judge(self, loss: float, norm: float) -> bool:
         """Whether the step counted; one that is not finite changed nothing. Raises RunFailed after many in a row."""

@@ -115,6 +115,15 @@ ALERTS = (
         "store's throughput.",
     ),
     Alert(
+        "WorkerMemoryIsLow",
+        _while_active(f"{metrics.WORKER_MEMORY.exported} / {metrics.WORKER_MEMORY_LIMIT.exported} > 0.97"),
+        "5m",
+        "warning",
+        "A worker of run {{ $labels.run }} holds {{ $value | humanizePercentage }} of the memory that it may have.",
+        "If it runs out, the run halves train.micro_batch and goes on. `luthier jobs plan` says what takes less: "
+        "train.activation_checkpointing, more workers with train.zero, a shorter data.sequence_length.",
+    ),
+    Alert(
         "RequestsFail",
         _answers("5..") + " > 0.05",
         "5m",
@@ -176,6 +185,14 @@ ALERTS = (
         "{{ $value | humanizePercentage }} of the cluster's GPUs have done nothing for an hour.",
         "`ray status` shows what holds their nodes: an actor, an object, or min_workers of the cluster's file. End it, "
         "or lower min_workers, and the nodes go.",
+    ),
+    Alert(
+        "NodesDoNotCome",
+        f"{metrics.RAY_PENDING_NODES.exported} > 0",
+        "15m",
+        "warning",
+        "{{ $value }} node(s) of {{ $labels.NodeType }} were asked for, and have not come for a quarter of an hour.",
+        "`luthier why` has the cloud's words: no capacity, a quota, a limit of the group, a node that does not join.",
     ),
     Alert(
         "NodeMemoryIsLow",

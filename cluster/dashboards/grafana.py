@@ -155,6 +155,15 @@ TRAINING = Dashboard(
         ),
         Panel("Workers", "short", _run(metrics.TRAINING_WORKERS)),
         Panel(
+            "Memory of the fullest worker",
+            "bytes",
+            [
+                ("{{run}}", _of(metrics.WORKER_MEMORY, "run")),
+                ("{{run}}: what it may have", _of(metrics.WORKER_MEMORY_LIMIT, "run")),
+            ],
+        ),
+        Panel("Share of the GPUs' peak that the model needs (MFU)", "percentunit", _run(metrics.MFU)),
+        Panel(
             "Failures and skipped steps so far",
             "short",
             [
@@ -249,6 +258,7 @@ CLUSTER = Dashboard(
             [("{{State}}", f'sum by (State) ({metrics.RAY_RESOURCES.exported}{{Name="CPU"}})')],
         ),
         Panel("Nodes", "short", [("{{node_type}}", f"sum by (node_type) ({metrics.RAY_NODES.exported})")]),
+        Panel("Nodes asked for and not there", "short", [("{{NodeType}}", metrics.RAY_PENDING_NODES.exported)]),
         Panel(
             "Memory in use",
             "percentunit",

@@ -17,8 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from cluster.logs import console
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
@@ -88,7 +89,7 @@ def show(title: str, measures: Sequence[Measure], as_json: bool, **more: str) ->
             str(len(measure.ours)),
             *([measure.unit] if units else []),
         )
-    Console(highlight=False).print(table)
+    console().print(table)
 
 
 def machine() -> str:

@@ -262,7 +262,6 @@ def main() -> int:
             install_trl()
         with tempfile.TemporaryDirectory(prefix="luthier-bench-") as name:
             os.environ[env.LUTHIER_CACHE] = f"{name}/cache"
-            os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed, which transformers imports, warns on stdout
             shape, rounds, steps = (workload.QUICK, 1, 3) if given.quick else (workload.FULL, given.rounds, given.steps)
             rows = given.data.resolve() if given.data else None
             measures = measure(Bench(Path(name), shape, steps, rows), rounds, trl_is_installed())

@@ -21,7 +21,7 @@ from cluster.dashboards.grafana import DASHBOARDS
 
 MINUTES = 120
 LONG = f"x{MINUTES}"
-RUN, MODEL, NODE = '{run="r"}', '{model="m"}', '{ip="10.0.0.1"}'
+RUN, MODEL, NODE, KIND = '{run="r"}', '{model="m"}', '{ip="10.0.0.1"}', '{NodeType="spot"}'
 
 Series = dict[str, str]
 
@@ -77,6 +77,13 @@ def loads(a_minute: int) -> Series:
     }
 
 
+def held(memory: int) -> Series:
+    return {
+        f"ray_luthier_worker_memory_bytes{RUN}": f"{memory}+0{LONG}",
+        f"ray_luthier_worker_memory_limit_bytes{RUN}": f"100+0{LONG}",
+    }
+
+
 def memory(free: int) -> Series:
     return {f"ray_node_mem_available{NODE}": f"{free}+0{LONG}", f"ray_node_mem_total{NODE}": f"100+0{LONG}"}
 
@@ -106,6 +113,11 @@ CASES: dict[str, tuple[Series, list[Series]]] = {
     ),
     "TrainingWaitsForData": (shares("data_wait", 30), [shares("data_wait", 10)]),
     "CheckpointsHoldTrainingUp": (shares("checkpoint_stall", 15), [shares("checkpoint_stall", 5)]),
+    "WorkerMemoryIsLow": (active(held(98)), [active(held(90)), held(98)]),
+    "NodesDoNotCome": (
+        {f"autoscaler_pending_nodes{KIND}": f"1+0{LONG}"},
+        [{f"autoscaler_pending_nodes{KIND}": series} for series in ("1+0x10 0+0x105 1+0x4", f"0+0{LONG}")],
+    ),
     "RequestsFail": (answers(503, 10), [answers(503, 2), answers(404, 50), answers(429, 50)]),
     "RequestsAreRefused": (answers(429, 20), [answers(429, 5), answers(500, 50)]),
     "FirstTokensAreSlow": (first_tokens(10), [first_tokens(2)]),
@@ -149,7 +161,7 @@ def test_every_alert_fires_when_it_should_and_not_when_it_should_not(rule_file: 
         fires, silent = CASES[alert.name]
         named = sorted(set(re.findall(r"\$labels\.(\w+)", alert.summary)))
         query = f'count by ({",".join(named)}) (ALERTS{{alertname="{alert.name}",alertstate="firing"}})'
-        known = {"run": "r", "model": "m", "ip": "10.0.0.1"}
+        known = {"run": "r", "model": "m", "ip": "10.0.0.1", "NodeType": "spot"}
         labels = ",".join(f'{label}="{known[label]}"' for label in named)
         for series, expected in [(fires, [{"labels": f"{{{labels}}}", "value": 1}]), *((each, []) for each in silent)]:
             tests.append(
@@ -191,10 +203,10 @@ def test_what_is_queried_is_named_once_and_what_is_named_is_queried() -> None:
 def test_labels_in_queries_are_those_of_the_metrics() -> None:
     labels = {metric.exported: set(metric.labels) for metric in metrics.ALL}
     for where, query in [*queries().items(), *((alert.name, alert.expression) for alert in ALERTS)]:
-        for name, inside in re.findall(r"\b((?:ray|luthier)_\w+)\{([^}]*)\}", query):
+        for name, inside in re.findall(r"\b((?:ray|luthier|autoscaler)_\w+)\{([^}]*)\}", query):
             assert set(re.findall(r"(\w+)=", inside)) <= labels[name], where
         for legend in re.findall(r"\{\{(\w+)\}\}", where):
-            names = re.findall(r"\b(?:ray|luthier)_\w+", query)
+            names = re.findall(r"\b(?:ray|luthier|autoscaler)_\w+", query)
             assert any(legend in labels[name] for name in names), where
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 DEADLINE_S = 120.0
-WIDTH, HEIGHT, SCALE = 700, 2700, 2  # so that a thin line has pixels of its own colour alone
+WIDTH, HEIGHT, SCALE = 700, 3200, 2  # so that a thin line has pixels of its own colour alone
 
 Pixels = npt.NDArray[np.uint8]
 """Rows × columns × (red, green, blue)."""

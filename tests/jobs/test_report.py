@@ -92,6 +92,7 @@ def step_line(step: int, is_skipped: bool = False) -> str:
         checkpoint_stall_s=0.002,
         padding_fraction=0.0,
         world_size=2,
+        memory_bytes=3 << 30,
         skipped=is_skipped,
     ).to_json()
 
