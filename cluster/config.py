@@ -268,6 +268,8 @@ def _faults(error: ValidationError, schema: type[BaseModel], source: _Source) ->
                 message = "missing; add this key"
             case "value_error":
                 message = str(detail["ctx"]["error"])
+            case "list_type" | "tuple_type":
+                message = f"got {json.dumps(detail['input'], default=str)[:80]}; write a list: [{detail['input']}]"
             case _:
                 got = json.dumps(detail["input"], default=str)[:80]
                 message = f"got {got}; {detail['msg'][0].lower()}{detail['msg'][1:]}"

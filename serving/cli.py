@@ -85,6 +85,8 @@ def chat(
 
     if not math.isfinite(temperature):
         raise ConfigError([Fault("command line", "--temperature", f"got {temperature}; write a number from 0 to 2")])
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError([Fault("command line", "--url", f"got {url!r}; write what `deploy` printed, http://…/v1")])
     client = Client(url)
     for piece in client.stream(model, question, max_tokens, temperature):
         print(piece, end="", flush=True)

@@ -62,7 +62,9 @@ class EngineConfig(_EngineLimits):
         None,
         description="the base's linear layers in 8 bits (int8) or 4 (nf4) as they are loaded; not set: in model.dtype",
     )
-    kv_tokens: PositiveInt = Field(16384, description="tokens that all running sequences hold together")
+    kv_tokens: Annotated[int, Field(ge=64)] = Field(
+        16384, description="tokens that all running sequences hold together"
+    )
     adapter_bytes: PositiveInt | None = Field(
         None, description="memory that adapters take in the engine at most; not set: as much as max_adapters need"
     )

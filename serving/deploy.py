@@ -7,7 +7,7 @@ name again updates it in place; a stream that runs finishes on its old replica.
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -20,11 +20,12 @@ from ray.serve.schema import ApplicationStatus
 
 import cluster
 import serving
-from cluster import env, models, secret
-from cluster.errors import ConfigError, Fault, PlanError, RunFailed
+from cluster import env, models, registry, secret
+from cluster.errors import AdapterNotFound, ConfigError, Fault, InputError, PlanError, RunFailed
 from cluster.logs import error_in
+from cluster.records import BaseModelRef
 from cluster.session import check_address
-from cluster.store import open_store
+from cluster.store import Store, open_store
 from serving.app import REPLICA, build
 from serving.calls import ReplicaStatus
 from serving.config import ServingConfig
@@ -63,6 +64,8 @@ def deploy(config: ServingConfig, timeout_s: float, tell: Callable[[str], None])
     secret.load(config.secrets)
     store = open_store(config.store)
     base = models.pin(config.model, store)
+    for warning in _warnings(config, store, base):
+        tell(f"warning: {warning}")
     serve.start(http_options={"host": config.http.host, "port": config.http.port})
     _check_http(config)
     _check_other_applications(config)
@@ -75,6 +78,23 @@ def deploy(config: ServingConfig, timeout_s: float, tell: Callable[[str], None])
     url = f"http://{config.http.host}:{config.http.port}"
     _wait_until_answers(f"{url}/healthz", deadline)
     return f"{url}/v1"
+
+
+def _warnings(config: ServingConfig, store: Store, base: BaseModelRef) -> Iterator[str]:
+    """What may be meant, since an adapter may be published later, and may be a slip of the pen."""
+    if not registry.names(store):
+        yield f"{config.store} holds no adapters, so {base.name} answers alone until one is published there"
+    for name in config.adapters.pinned:
+        try:
+            record = registry.resolve(store, name)
+        except (InputError, AdapterNotFound) as error:
+            yield f"adapters.pinned: {error}; replicas look for it every {config.adapters.alias_refresh_s:g} s"
+            continue
+        if record.base != base:
+            yield (
+                f"adapters.pinned: {name} is for {record.base.name} at {record.base.revision}, and cannot be loaded on "
+                f"{base.name} at {base.revision}"
+            )
 
 
 def status(name: str) -> tuple[str, list[ReplicaStatus]]:

@@ -17,9 +17,11 @@ from contextvars import Context
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
+from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import DeploymentStatus, ReplicaState
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -58,6 +60,7 @@ class Ingress:
         self._base = base
         self._quantization = config.quantization
         self._replicas = replicas
+        self._may_be_none = config.replicas.min == 0
         self._resolver = Resolver(open_store(config.store), base, config.adapters.alias_refresh_s, self._prefetch)
         self._requests = counter(metrics.REQUESTS)
         self._pace = Pace()  # in calls answered
@@ -98,7 +101,9 @@ class Ingress:
         return JSONResponse({"status": "ok"})
 
     async def readyz(self, request: Request) -> Response:  # noqa: ARG002
-        """A replica answers."""
+        """A replica answers; where there may be none, that the next request would start one."""
+        if self._may_be_none and await asyncio.to_thread(self._sleeps):
+            return JSONResponse({"ready": True, "model": self._base.name})
         try:
             is_alive = await asyncio.wait_for(_result(self._replicas.ready.remote()), _READY_TIMEOUT_S)
         except (TimeoutError, RayError, RayServeException):
@@ -173,6 +178,12 @@ class Ingress:
             raise Overloaded("the replica that answered was lost; send the request again") from None
         finally:
             response.cancel()  # no effect once it has ended
+
+    def _sleeps(self) -> bool:
+        """No replica runs, because nobody asks. A call to find out would wake one."""
+        deployment = serve.status().applications[self._replicas.app_name].deployments[self._replicas.deployment_name]
+        failed = deployment.status in (DeploymentStatus.UNHEALTHY, DeploymentStatus.DEPLOY_FAILED)
+        return not failed and not deployment.replica_states.get(ReplicaState.RUNNING)
 
     async def _prefetch(self, record: AdapterRecord) -> None:
         """Have the replica load an adapter that will get the next request for it."""
