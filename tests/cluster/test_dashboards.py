@@ -106,6 +106,13 @@ CASES: dict[str, tuple[Series, list[Series]]] = {
     ),
     "TrainingWaitsForData": (shares("data_wait", 30), [shares("data_wait", 10)]),
     "CheckpointsHoldTrainingUp": (shares("checkpoint_stall", 15), [shares("checkpoint_stall", 5)]),
+    "RunNearsItsLimit": (
+        active({f"ray_luthier_run_limit_ratio{RUN}": f"0.95+0{LONG}"}),
+        [
+            active({f"ray_luthier_run_limit_ratio{RUN}": f"0.5+0{LONG}"}),
+            {f"ray_luthier_run_limit_ratio{RUN}": f"1.01+0{LONG}", f"ray_luthier_run_active{RUN}": f"0+0{LONG}"},
+        ],
+    ),
     "RequestsFail": (answers(503, 10), [answers(503, 2), answers(404, 50), answers(429, 50)]),
     "RequestsAreRefused": (answers(429, 20), [answers(429, 5), answers(500, 50)]),
     "FirstTokensAreSlow": (first_tokens(10), [first_tokens(2)]),
@@ -227,7 +234,8 @@ def check_dashboard(board: dict[str, Any]) -> None:
     for panel in board["panels"]:
         assert panel["type"] == "timeseries"
         assert panel["targets"]
-        assert panel["fieldConfig"]["defaults"]["unit"] in {"short", "s", "percentunit", "percent", "bytes"}
+        units = {"short", "s", "percentunit", "percent", "bytes", "currencyUSD"}
+        assert panel["fieldConfig"]["defaults"]["unit"] in units
         grid = panel["gridPos"]
         columns = range(grid["x"], grid["x"] + grid["w"])
         cells = {(x, y) for x in columns for y in range(grid["y"], grid["y"] + grid["h"])}

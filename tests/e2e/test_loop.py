@@ -89,7 +89,7 @@ def test_every_metric_that_is_named_is_in_a_live_scrape(
     if shutil.which("prometheus") is None:
         pytest.skip("no prometheus; Debian's package is `prometheus`, and `scripts/test` installs it as root")
     recipe = write_recipe(tmp_path, tiny_models["qwen3"], [rows], name="watched", store=pair.store.url)
-    steps = ("train.steps=200", "checkpoint.every_steps=50")
+    steps = ("train.steps=200", "checkpoint.every_steps=50", "cluster.prices.cpu=0.04", "limits.hours=10")
     with Prometheus(ray_cluster.folder / "0" / DISCOVERY, tmp_path) as prometheus:
         training = start(ray_cluster, "jobs", "train", str(recipe), *steps)
         wanted = {metric.exported: metric for metric in metrics.ALL}
