@@ -102,4 +102,6 @@ class Account:
 
     def _show(self) -> None:
         spent = self.spent()
-        self._gauges.spent(spent.usd, self._meter.usd_per_hour(), limits.share(self._recipe.limits, spent))
+        is_known = (spent.gpu_ms or spent.cpu_ms) and spent.usd is not None  # before anything is held nobody can tell
+        usd, rate = (spent.usd, self._meter.usd_per_hour()) if is_known else (None, None)
+        self._gauges.spent(usd, rate, limits.share(self._recipe.limits, spent))

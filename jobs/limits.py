@@ -67,7 +67,12 @@ def reached(limits: LimitsConfig, spent: Spent) -> str | None:
 
 
 def check_left(run_id: str, limits: LimitsConfig, spent: Spent) -> None:
-    """Raise InputError where a run that is to go on has nothing left."""
+    """Raise InputError where a run that is to go on has nothing left, or where that cannot be told."""
+    if limits.usd is not None and not spent.is_whole:
+        raise InputError(
+            f"run {run_id}: some of what it has held so far had no price, so limits.usd cannot count it; limit what is "
+            "to come by limits.hours"
+        )
     if why := reached(limits, spent):
         key = why.partition(" ")[0]
         again = f"`luthier jobs resume {run_id} {key}=…`"

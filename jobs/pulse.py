@@ -95,8 +95,10 @@ class Pulse:
         grown_at = time.monotonic()
         while not self._ended.wait(_TICK_S):
             if self._terminated.is_set():
+                self._terminated.clear()
                 self._stop("SIGTERM")
-                self._account.cut()  # for SIGKILL may follow within three seconds
+                self._account.cut()
+                looked_at = float("-inf")  # and save at once, for SIGKILL follows within three seconds
             now = time.monotonic()
             if now - looked_at < LOOK_S:
                 continue

@@ -117,6 +117,10 @@ def test_a_run_with_nothing_left_goes_on_only_with_more() -> None:
         limits.check_left("r", LimitsConfig(hours=2), spent)
     assert exit_code(caught.value) == 2
     limits.check_left("r", LimitsConfig(hours=2.01), spent)
+    unpriced = Spent(held_ms=1, cpu_ms=Fraction(1), unpriced_cpu_ms=Fraction(1))
+    limits.check_left("r", LimitsConfig(hours=1), unpriced)
+    with pytest.raises(InputError, match=r"had no price.*by limits\.hours"):
+        limits.check_left("r", LimitsConfig(usd=1000), unpriced)
     assert {"limits.hours", "limits.usd"} <= set(RESUMABLE)
 
 
