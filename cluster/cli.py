@@ -211,9 +211,11 @@ def costs(
 
 
 def _for_people(row: dict[str, Any]) -> dict[str, Any]:
-    """Hours and dollars to a hundredth, shares in words."""
+    """Figures as a person wants them, shares in words."""
+    from cluster import ledger
+
     shares = [f"{share:.0%} of {resource.upper()}" for resource, share in row["unpriced"].items() if share]
-    figures = {name: f"{value:,.2f}" for name, value in row.items() if isinstance(value, float)}
+    figures = {name: ledger.figure(value) for name, value in row.items() if isinstance(value, float)}
     return {**row, **figures, "unpriced": ", ".join(shares)}
 
 

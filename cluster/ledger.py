@@ -190,7 +190,7 @@ def in_words(spent: Spent) -> str:
     """A sum for a person, in one line."""
     figures = spent.to_dict()
     hours = {"GPU": figures["gpu_hours"], "CPU": figures["cpu_hours"]}
-    held = [f"{amount:,.2f} {resource}-hours" for resource, amount in hours.items() if amount]
+    held = [f"{figure(amount)} {resource}-hours" for resource, amount in hours.items() if amount]
     return f"{', '.join(held) or 'nothing was held'}; {money(spent)}"
 
 
@@ -198,7 +198,12 @@ def money(spent: Spent) -> str:
     """Dollars for a person, with what of it is not known."""
     if spent.usd is None:
         return "USD not known: no price (`prices:` of the cluster's file)"
-    return f"${spent.usd:,.2f}" + ("" if spent.is_whole else " and what has no price")
+    return f"${figure(spent.usd)}" + ("" if spent.is_whole else " and what has no price")
+
+
+def figure(value: float) -> str:
+    """Hours or dollars for a person: to a hundredth, or two digits where that would be nothing."""
+    return f"{value:.2g}" if 0.0 < value < 0.1 else f"{value:,.2f}"
 
 
 def days(since: str, until: str) -> Iterator[str]:

@@ -60,9 +60,9 @@ def above(recipe: Recipe, cost: Cost) -> list[str]:
 def reached(limits: LimitsConfig, spent: Spent) -> str | None:
     """The limit that is used up, in words; None while there is none."""
     if limits.hours is not None and spent.hours >= limits.hours:
-        return f"limits.hours {limits.hours:g} is reached: workers were held for {spent.hours:.4g} hours"
+        return f"limits.hours {limits.hours:g} is reached (workers were held for {spent.hours:.4g} hours)"
     if limits.usd is not None and spent.known_usd >= limits.usd:
-        return f"limits.usd {limits.usd:g} is reached: ${float(spent.known_usd):,.4g} were spent"
+        return f"limits.usd {limits.usd:g} is reached (${float(spent.known_usd):,.4g} were spent)"
     return None
 
 
