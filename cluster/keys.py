@@ -132,9 +132,14 @@ def usage_prefix() -> str:
     return "usage/"
 
 
+def day_usage_prefix(day: str) -> str:
+    """All that was used on a day (2026-11-26, UTC)."""
+    return f"{usage_prefix()}{day}/"
+
+
 def run_usage_prefix(day: str, run_id: str) -> str:
-    """What a run has cost on a day (2026-11-26, UTC)."""
-    return f"{usage_prefix()}{day}/runs/{run_id}/"
+    """What a run has held on a day."""
+    return f"{day_usage_prefix(day)}runs/{run_id}/"
 
 
 def run_usage(day: str, run_id: str, driver: str, number: int) -> str:

@@ -220,12 +220,11 @@ def read_run(store: Store, run_id: str, since: str, until: str) -> list[Entry]:
 
 def read_all(store: Store, since: str | None = None, until: str | None = None) -> list[Entry]:
     """Every run's entries, from one day to another where these are given, in the order of time."""
-    found = []
-    for item in store.list(keys.usage_prefix()):
-        of = keys.run_of_usage(item.key)
-        if of and (since or "") <= of[0] <= (until or "9999"):
-            found.append(item.key)
-    return _read(store, found)
+    last = until or f"{datetime.now(UTC):%Y-%m-%d}"
+    # With a first day the days before it are not even listed.
+    prefixes = [keys.day_usage_prefix(day) for day in days(since, last)] if since else [keys.usage_prefix()]
+    found = [(item.key, keys.run_of_usage(item.key)) for prefix in prefixes for item in store.list(prefix)]
+    return _read(store, (key for key, of in found if of and (until is None or of[0] <= until)))
 
 
 def _read(store: Store, found: Iterable[str]) -> list[Entry]:

@@ -22,7 +22,7 @@ from cluster.meter import Meter
 from cluster.place import ClusterConfig, Prices
 from cluster.store import ObjectInfo
 
-NOON_MS = ledger.to_ms("2026-11-26T12:00:00.000Z")
+NOON_MS = ledger.to_ms("2026-03-26T12:00:00.000Z")
 DAY_MS = 24 * 3_600_000
 
 PRICES = st.none() | st.builds(Price, usd_per_hour=st.decimals(0, 100, places=4), basis=st.just("test"))
@@ -145,7 +145,7 @@ def test_drivers_of_one_run_never_write_the_same_entry(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    entries = ledger.read_run(store, "r", "2026-11-26", "2026-11-26")
+    entries = ledger.read_run(store, "r", "2026-03-26", "2026-03-26")
     assert len(entries) == 200
     assert ledger.total(entries).gpu_ms == 200_000
     with pytest.raises(ObjectExists):
@@ -254,7 +254,7 @@ def test_the_command_sums_by_what_it_is_asked_for(tmp_path: Path, capsys: pytest
     write(store, "one", "ann", "acme", 0, [priced(8, "2")])
     write(store, "two", "ann", None, 1, [one(amount=Decimal(3))])
     write(store, "three", "bob", "acme", 2, [priced(1, "4"), one(resource="CPU", amount=Decimal(2))])
-    store.create("usage/2026-11-26/tenants/t/0001.json", b"not ours")
+    store.create("usage/2026-03-26/tenants/t/0001.json", b"not ours")
 
     def asked(*options: str) -> dict[str, tuple[float, float | None]]:
         app(["costs", "--store", store.url, "--json", *options], standalone_mode=False)
@@ -264,8 +264,8 @@ def test_the_command_sums_by_what_it_is_asked_for(tmp_path: Path, capsys: pytest
     assert asked() == {"one": (8.0, 16.0), "three": (1.0, 4.0), "two": (3.0, None)}
     assert asked("--by", "user") == {"ann": (11.0, 16.0), "bob": (1.0, 4.0)}
     assert asked("--by", "project") == {"": (3.0, None), "acme": (9.0, 20.0)}
-    assert asked("--by", "day", "--since", "2026-11-27") == {"2026-11-27": (3.0, None), "2026-11-28": (1.0, 4.0)}
-    assert asked("--until", "2026-11-26") == {"one": (8.0, 16.0)}
+    assert asked("--by", "day", "--since", "2026-03-27") == {"2026-03-27": (3.0, None), "2026-03-28": (1.0, 4.0)}
+    assert asked("--until", "2026-03-26") == {"one": (8.0, 16.0)}
     app(["costs", "--store", store.url, "--by", "user"], standalone_mode=False)
     assert "100% of CPU" in capsys.readouterr().out
 
@@ -283,16 +283,16 @@ def test_entries_of_other_days_are_not_read(tmp_path: Path) -> None:
     store = Counting(tmp_path)
     write(store, "one", "ann", None, 0, [one()])
     write(store, "one", "ann", None, 3, [one()])
-    assert len(ledger.read_run(store, "one", "2026-11-26", "2026-11-27")) == 1
-    assert listed == ["usage/2026-11-26/runs/one/", "usage/2026-11-27/runs/one/"]
+    assert len(ledger.read_run(store, "one", "2026-03-26", "2026-03-27")) == 1
+    assert listed == ["usage/2026-03-26/runs/one/", "usage/2026-03-27/runs/one/"]
 
 
 def test_an_entry_reads_as_what_it_is(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     write(store, "one", "ann", "acme", 0, [priced(8, "2.50")])
     (item,) = store.list("usage/")
-    assert item.key == "usage/2026-11-26/runs/one/d-000001.json"
+    assert item.key == "usage/2026-03-26/runs/one/d-000001.json"
     told = json.loads(store.get(item.key))
-    assert (told["since"], told["until"]) == ("2026-11-26T12:00:00.000Z", "2026-11-26T13:00:00.000Z")
+    assert (told["since"], told["until"]) == ("2026-03-26T12:00:00.000Z", "2026-03-26T13:00:00.000Z")
     assert (told["user"], told["project"], told["lines"][0]["price"]["usd_per_hour"]) == ("ann", "acme", "2.50")
     assert Entry.model_validate_json(json.dumps(told)).ms == 3_600_000
