@@ -130,7 +130,7 @@ def _costs(history: History) -> Element:
                 f"{line.price.usd_per_hour}, {line.price.basis}" if line.price else "not known",
             )
         )
-    return _table("Cost", ("held by", "what", "market", "GPU- or CPU-hours", "USD", "USD an hour, and where from"), rows)
+    return _table("Cost", ("held by", "what", "market", "GPU- or CPU-hours", "USD", "USD an hour, and why"), rows)
 
 
 def _lineage(history: History) -> Element:
