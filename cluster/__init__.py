@@ -15,6 +15,9 @@ gauges     a metric as Ray's own object
 dashboards/  Grafana dashboards and Prometheus alerts, made from these names
 logs       what a job prints: progress, plain lines, the last JSON line
 gpus       GPU types: memory, speed, dated prices
+prices     what an hour costs of what a job holds, and where that figure is from
+ledger     what runs have held and spent: entries that never change, exact sums
+meter      time that is held, turned into such entries by one driver
 place      WHERE a job runs: what `configs/clusters/NAME.yaml` holds
 launch/    a cluster from its file: AWS, Google Cloud, Azure, SSH, Kubernetes
 session    joining a Ray cluster, always by address, with room for the job

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from cluster.errors import LuthierError
 from cluster.launch.cli import app as launch
+from cluster.ledger import By
 from cluster.logs import console, fail
 
 GROUPS = {
@@ -179,6 +181,42 @@ def runs(store: StoreUrl, as_json: AsJson = False) -> None:
     ]
     rows = [record.model_dump(mode="json") | {"base": record.base.name} for record in found]
     show(rows, ("run_id", "base", "created_at", "code_revision"), as_json)
+
+
+@app.command()
+def costs(
+    store: StoreUrl,
+    since: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="the first day, UTC")] = None,
+    until: Annotated[datetime | None, typer.Option(formats=["%Y-%m-%d"], help="the last day, which counts")] = None,
+    by: Annotated[By, typer.Option(help="what is summed up: run, user, project, day")] = "run",
+    as_json: AsJson = False,
+) -> None:
+    """Say what runs have cost: GPU-hours, CPU-hours and US dollars, from the ledger in the store.
+
+    `unpriced` is the share of the hours whose price is not known; these are not in the dollars.
+    """
+    from cluster import ledger
+    from cluster.errors import ConfigError, Fault
+    from cluster.store import open_existing
+
+    if since and until and since > until:
+        raise ConfigError([Fault("command line", "--since", f"{since:%Y-%m-%d} is after --until {until:%Y-%m-%d}")])
+    days = [f"{day:%Y-%m-%d}" if day else None for day in (since, until)]
+    sums = ledger.by(ledger.read_all(open_existing(store), *days), by)
+    rows: list[dict[str, Any]] = [{by: name, **spent.to_dict()} for name, spent in sums.items()]
+    columns = (by, "hours", "gpu_hours", "cpu_hours", "usd", "unpriced")
+    if not as_json:
+        rows = [_for_people(row) for row in rows]
+    show(rows, columns, as_json)
+
+
+def _for_people(row: dict[str, Any]) -> dict[str, Any]:
+    """Figures as a person wants them, shares in words."""
+    from cluster import ledger
+
+    shares = [f"{share:.0%} of {resource.upper()}" for resource, share in row["unpriced"].items() if share]
+    figures = {name: ledger.figure(value) for name, value in row.items() if isinstance(value, float)}
+    return {**row, **figures, "unpriced": ", ".join(shares)}
 
 
 @app.command()

@@ -126,3 +126,30 @@ def aliases_prefix(name: str) -> str:
 
 def alias_entry(name: str, number: int) -> str:
     return f"{aliases_prefix(name)}{number:08d}.json"
+
+
+def usage_prefix() -> str:
+    return "usage/"
+
+
+def day_usage_prefix(day: str) -> str:
+    """All that was used on a day (2026-11-26, UTC)."""
+    return f"{usage_prefix()}{day}/"
+
+
+def run_usage_prefix(day: str, run_id: str) -> str:
+    """What a run has held on a day."""
+    return f"{day_usage_prefix(day)}runs/{run_id}/"
+
+
+def run_usage(day: str, run_id: str, driver: str, number: int) -> str:
+    """One entry of a driver, which numbers its own: no two drivers ever want the same key."""
+    return f"{run_usage_prefix(day, run_id)}{driver}-{number:06d}.json"
+
+
+def run_of_usage(key: str) -> tuple[str, str] | None:
+    """The day and the run that a key below `usage/` belongs to; None for what is none of a run."""
+    match key.split("/"):
+        case ["usage", day, "runs", run_id, _]:
+            return day, run_id
+    return None

@@ -130,6 +130,13 @@ LAST_CHECKPOINT_AT = Metric(
 TRAINING_FAILURES = Metric(
     "luthier_training_failures", "gauge", "Failures so far that this driver has recovered from.", ("run",)
 )
+RUN_COST = Metric(
+    "luthier_run_cost_usd", "gauge", "What the run has cost so far, of what has a price; absent without any.", ("run",)
+)
+RUN_SPENDING = Metric("luthier_run_usd_per_hour", "gauge", "What the run costs while it goes on as now.", ("run",))
+RUN_LIMIT = Metric(
+    "luthier_run_limit_ratio", "gauge", "Share of the run's nearest limit that is used; absent without one.", ("run",)
+)
 
 RAY_RESOURCES = Metric("ray_resources", "gauge", "Ray's own: logical resources.", ("Name", "State"))
 RAY_NODES = Metric("ray_cluster_active_nodes", "gauge", "Ray's own: nodes by type.", ("node_type",))

@@ -11,6 +11,16 @@ from cluster.config import Config
 from cluster.launch.spec import Kubernetes, NodeGroup, OnPremises, Provider, plain_name
 
 
+class Prices(Config):
+    """What the cluster's owner pays, in US dollars. What is left out is not known, unless `gpu` has a list price."""
+
+    gpu: NonNegativeFloat | None = Field(
+        None, description="of a GPU for an hour on demand, with the CPUs and the memory of its worker"
+    )
+    gpu_spot: NonNegativeFloat | None = Field(None, description="the same on a spot node; `gpu` when left out")
+    cpu: NonNegativeFloat | None = Field(None, description="of a core for an hour, of workers and drivers without GPU")
+
+
 class ClusterConfig(Config):
     """A Ray cluster, seen from a job: how to reach it, and what one worker gets of it; and how it is made."""
 
@@ -30,6 +40,7 @@ class ClusterConfig(Config):
     shared: bool = Field(
         False, description="others train on it too: jobs wait for their turn, fairly by user, and start whole"
     )
+    prices: Prices = Prices()
     provider: Provider | None = Field(None, description="what `luthier cluster up` makes the cluster of")
 
     @model_validator(mode="after")

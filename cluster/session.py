@@ -4,14 +4,18 @@
 cluster by RAY_ADDRESS; on a laptop `local` starts a private one that ends with the process.
 """
 
+import getpass
+import json
 import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import ray
 import ray._private.state
+from ray.core.generated import gcs_pb2
 
 from cluster import env
 from cluster.errors import PlanError
@@ -103,6 +107,51 @@ def draining() -> dict[str, float | None]:
     """
     found: dict[str, int] = ray._private.state.state.get_draining_nodes()
     return {node: max(0.0, deadline / 1000 - time.time()) if deadline else None for node, deadline in found.items()}
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A placement group of this driver's job that has its place: since when, and on each node what it holds there.
+
+    `since_ms` is in milliseconds since 1970, by the clock of the head.
+    """
+
+    id: str
+    since_ms: int
+    bundles: tuple[tuple[str, Mapping[str, float]], ...]
+
+
+def placements() -> list[Placement]:
+    """What this driver's job holds by placement groups, as Ray Train does for its workers.
+
+    Ray's public function knows neither whose a group is nor since when it has its place.
+    """
+    ours = ray.get_runtime_context().get_job_id()
+    found = []
+    for data in ray._private.state.state._connect_and_get_accessor().get_placement_group_table():
+        group = gcs_pb2.PlacementGroupTableData.FromString(data)
+        since_ms = group.placement_group_final_bundle_placement_timestamp_ms
+        if group.creator_job_id.hex() == ours and since_ms:
+            bundles = [(bundle.node_id.hex(), dict(bundle.unit_resources)) for bundle in group.bundles]
+            found.append(Placement(group.placement_group_id.hex(), since_ms, tuple(bundles)))
+    return found
+
+
+def labels() -> dict[str, Mapping[str, str]]:
+    """The labels of all nodes that are or were in the cluster, by node."""
+    return {node["NodeID"]: node.get("Labels", {}) for node in ray.nodes()}
+
+
+def submitted() -> dict[str, str]:
+    """The metadata of the submitted job whose driver this process is; empty for a driver that nobody submitted."""
+    told = os.environ.get(env.RAY_JOB_CONFIG)
+    metadata: dict[str, str] = json.loads(told).get("metadata", {}) if told else {}
+    return metadata
+
+
+def submitter() -> str:
+    """Who wants what this driver does: whoever submitted it, where that is known, else whoever runs it."""
+    return submitted().get("user") or getpass.getuser()
 
 
 def _places(resources: dict[str, float], cluster: ClusterConfig) -> int:

@@ -34,6 +34,8 @@ report      a run as one HTML file
 chart       one of its charts, as SVG; pure
 markup      elements of a page, every text in them escaped
 pulse       the driver's heartbeat, and what it tells the workers: stop, or move
+account     what the run holds and has spent, for the cost ledger
+limits      of hours and money: looked at before anything is spent, and while it runs
 turn        its place in the queue of a shared cluster
 attempts    one start of the workers after another, until the run has an end
 driver      resolve, plan, tokenise, train, publish

@@ -10,7 +10,6 @@ Ray Train starts one worker group for each attempt, and never a second one: its 
 it resizes nor say what happened.
 """
 
-import getpass
 import os
 import sys
 import threading
@@ -24,12 +23,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster import env, models, secret, session
-from cluster.errors import LuthierError, OutOfMemory, RunFailed
+from cluster.errors import LuthierError, OutOfMemory, RunFailed, StoreError
+from cluster.ledger import in_words
 from cluster.logs import say
 from cluster.models import Shape
 from cluster.records import EventKind, RunRecord
 from cluster.store import Store
 from jobs import runs
+from jobs.account import Account
 from jobs.config import Recipe
 from jobs.cost import worker_tokens_per_s
 from jobs.gauges import TrainingGauges
@@ -55,9 +56,12 @@ class Attempts:
         shape: the base model's, for a new plan when the number of workers changes.
         store: the run's; outlasts outages.
         plain_store: the same without that, to be sent to workers and for what may be missed.
+        began: when the driver began, in seconds since 1970.
     """
 
-    def __init__(self, record: RunRecord, recipe: Recipe, shape: Shape, store: Store, plain_store: Store) -> None:
+    def __init__(
+        self, record: RunRecord, recipe: Recipe, shape: Shape, store: Store, plain_store: Store, began: float
+    ) -> None:
         self._record = record
         self._recipe = recipe
         self._shape = shape
@@ -69,7 +73,10 @@ class Attempts:
         # On the driver's node, so that no lost worker node takes it along.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
-        self._pulse = Pulse(plain_store, record.run_id, self._board, recipe.cluster, recipe.train.resize_s)
+        self._account = Account(store, record, recipe, self._gauges, began)
+        self._pulse = Pulse(
+            plain_store, record.run_id, self._board, recipe.cluster, recipe.train.resize_s, self._account
+        )
 
     @property
     def is_replaced(self) -> bool:
@@ -90,9 +97,18 @@ class Attempts:
                     if self._pulse.is_stopping and not result:
                         raise RunFailed(f"run {self._record.run_id}: it was asked to stop, and failed before it had")
         finally:
+            self._settle()
             screen.stop()
             watching.join()
             self._gauges.end()
+
+    def _settle(self) -> None:
+        """Have all entries of the ledger in the store, and say what the run has cost."""
+        try:
+            self._account.close(self._store)
+        except StoreError as error:
+            say(f"warning: what the run has held since its last entry in the cost ledger is not counted: {error}")
+        say(f"cost of the whole run: {in_words(self._account.spent())}")
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -101,7 +117,7 @@ class Attempts:
         if not recipe.cluster.shared:
             yield
             return
-        asked = ticket(self._record.run_id, getpass.getuser(), recipe.priority, recipe.train.fewest, recipe.cluster)
+        asked = ticket(self._record.run_id, session.submitter(), recipe.priority, recipe.train.fewest, recipe.cluster)
         with Turn(asked, recipe.cluster) as turn:
             if not turn.wait(self._note, lambda: self._pulse.is_stopping):
                 raise RunFailed(f"run {self._record.run_id}: it was stopped while it waited for its turn")

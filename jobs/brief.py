@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from cluster.prices import gpu_price
 from jobs.config import LoraConfig
 from jobs.cost import Span
 from jobs.memory import GIB
@@ -108,6 +109,15 @@ def _duration(survey: Survey) -> Iterator[tuple[str, str]]:
     if cost.usd:
         yield "cost", f"${_between(cost.usd, ',.2f')} for the workers' GPUs alone"
     yield "" if cost.hours else "time, cost", cost.basis
+    limits = survey.recipe.limits
+    if limits.hours is not None:
+        yield "limits", f"{limits.hours:g} hours in which workers are held, over the whole run"
+    if limits.usd is not None:
+        price = gpu_price(survey.recipe.cluster, None)
+        counted = f", counted at ${price.usd_per_hour:.2f} an hour of a GPU ({price.basis})" if price else ""
+        yield "" if limits.hours else "limits", f"${limits.usd:,.2f}{counted}"
+    for refusal in survey.refused:
+        yield "", refusal
 
 
 def _verdict(survey: Survey) -> Iterator[tuple[str, str]]:

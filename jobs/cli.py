@@ -18,6 +18,8 @@ app = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True, pretty_excepti
 
 RecipeFile = Annotated[Path, typer.Argument(help="configs/recipes/NAME.yaml")]
 RunId = Annotated[str, typer.Argument(help="as `luthier jobs list` prints it")]
+MaxHours = Annotated[float | None, typer.Option(help="limits.hours: hours in which workers are held, then it stops")]
+MaxCost = Annotated[float | None, typer.Option(help="limits.usd: US dollars, then it stops")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value …, for example train.steps=100")]
 
 
@@ -31,11 +33,12 @@ def plan(
     """Say what a recipe would do and take, and whether it fits, without a GPU, a cluster or a network."""
     from cluster.config import load
     from cluster.errors import PlanError
-    from jobs import brief
+    from jobs import brief, limits
     from jobs.config import Recipe
     from jobs.plan import Survey, refusal, shape_of
 
     loaded = load(recipe, Recipe, [*(overrides or []), *([f"cluster={cluster}"] if cluster else [])])
+    limits.check(loaded)
     shape = shape_of(loaded.model)
     if shape is None:
         raise PlanError(f"the shape of {loaded.model.name} is not known here; give model.shape, or a folder as source")
@@ -43,6 +46,8 @@ def plan(
     print(json.dumps(survey.to_dict()) if as_json else brief.text(survey), flush=True)
     if not survey.plan.fits:
         raise PlanError(refusal(loaded, survey.plan, list(survey.advice)))
+    if survey.refused:
+        raise PlanError("; ".join(survey.refused))
 
 
 @app.command()
@@ -52,23 +57,29 @@ def submit(
     address: Annotated[str | None, typer.Option(help="the dashboard, http://host:8265; default RAY_ADDRESS")] = None,
     detach: Annotated[bool, typer.Option("--detach", help="come back as soon as the cluster has it")] = False,
     again: Annotated[bool, typer.Option("--again", help="run once more what has succeeded")] = False,
+    max_hours: MaxHours = None,
+    max_cost: MaxCost = None,
 ) -> None:
     """Plan here, check what would be sent and to whom, hand the job to the cluster, and follow it to its end.
 
     Submitting the same again follows the run that there is.
     """
     from cluster.config import load
+    from jobs import limits
     from jobs.config import Recipe
     from jobs.plan import make_plan, shape_of
 
-    loaded = load(recipe, Recipe, overrides or [])
+    given = [*(overrides or []), *limits.overrides(max_hours, max_cost)]
+    loaded = load(recipe, Recipe, given)
+    limits.check(loaded)
     shape = shape_of(loaded.model)
     if shape:
         make_plan(loaded, shape)
+        limits.check_plan(loaded, shape, Path.cwd())
     _submit(
         address,
         loaded.name,
-        ["python", "-m", "jobs.train", str(recipe), *(overrides or [])],
+        ["python", "-m", "jobs.train", str(recipe), *given],
         loaded.model_dump_json(),
         loaded.cluster.driver_cpus,
         [str(recipe), *loaded.data.train, *loaded.data.evaluation],
@@ -112,7 +123,7 @@ def _submit(
         command=command,
         does=does + code,
         cpus=cpus,
-        metadata={"user": user(), "recipe": name, "code": code},
+        metadata={"user": user(), "recipe": name, "code": code, **({"driver_cpus": f"{cpus:g}"} if cpus else {})},
     )
     submission_id, was_there = cluster.submit(job, root, again=again)
     print(job.line(cluster.address, submission_id), flush=True)
@@ -128,12 +139,15 @@ def _submit(
 
 
 @app.command()
-def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipeFile, overrides: Overrides = None, max_hours: MaxHours = None, max_cost: MaxCost = None
+) -> None:
     """Run a recipe from here: on a private Ray where its cluster says `address: local`, else on that address."""
     from cluster import logs
-    from jobs import driver
+    from jobs import driver, limits
 
-    raise typer.Exit(logs.ended(driver.run(recipe, overrides or [])))
+    given = [*(overrides or []), *limits.overrides(max_hours, max_cost)]
+    raise typer.Exit(logs.ended(driver.run(recipe, given)))
 
 
 @app.command()
@@ -143,12 +157,17 @@ def resume(
     overrides: Overrides = None,
     workers: Annotated[int | None, typer.Option(help="go on with so many workers; the result is the same")] = None,
     address: Annotated[str | None, typer.Option(help="submit to this dashboard, http://host:8265")] = None,
+    max_hours: MaxHours = None,
+    max_cost: MaxCost = None,
 ) -> None:
     """Go on with a run that was stopped, has failed or was lost, from its last checkpoint.
 
     With --address as a submitted job, else from here, as `train` does.
     """
+    from jobs import limits
+
     given = [*(overrides or []), *([f"train.workers={workers}"] if workers is not None else [])]
+    given += limits.overrides(max_hours, max_cost)
     if address:
         _submit_resume(address, run_id, store, given)
         return
@@ -220,13 +239,14 @@ def list_runs(store: StoreUrl, as_json: AsJson = False) -> None:
 
 @app.command("show")
 def show_run(run_id: RunId, store: StoreUrl) -> None:
-    """Print one run as JSON: its state, record, events, attempts, checkpoints and last steps."""
-    from cluster import keys
+    """Print one run as JSON: its state, record, events, attempts, checkpoints, last steps and cost."""
+    from cluster import keys, ledger
     from cluster.store import open_existing
     from jobs import runs
 
     opened = open_existing(store)
     found = runs.find(opened, run_id)
+    entries = runs.ledger_entries(opened, found.record)
     prefix = keys.checkpoints_prefix(run_id)
     shown = {
         "state": found.state,
@@ -235,6 +255,10 @@ def show_run(run_id: RunId, store: StoreUrl) -> None:
         "attempts": [attempt.model_dump(mode="json") for attempt in runs.attempts(opened, run_id)],
         "checkpoints": [item.key for item in opened.list(prefix) if item.key.endswith("/manifest.json")],
         "steps": list(runs.read_steps(opened, run_id))[-5:],
+        "cost": {
+            **ledger.total(entries).to_dict(),
+            "by_market": {market: spent.to_dict() for market, spent in ledger.by_market(entries).items()},
+        },
     }
     print(json.dumps(shown, indent=2))
 

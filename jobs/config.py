@@ -138,6 +138,16 @@ class CheckpointConfig(Config):
     store_patience_s: PositiveFloat = Field(900.0, description="how long a store may be out of reach before a run ends")
 
 
+class LimitsConfig(Config):
+    """What a run may take over all its attempts and resumes; at a limit it saves, and stops."""
+
+    hours: PositiveFloat | None = Field(None, description="in which workers are held; waiting for a turn is none")
+    usd: PositiveFloat | None = Field(None, description="by the prices of the cluster, see `prices` there")
+    ledger_s: PositiveFloat = Field(
+        60.0, description="seconds between entries in the cost ledger: what a driver that is killed loses at most"
+    )
+
+
 class PublishConfig(Config):
     """Under which name the result appears: an adapter version, or for a full fine-tune a model revision."""
 
@@ -167,6 +177,8 @@ class Recipe(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     publish: PublishConfig | None = None
+    limits: LimitsConfig = LimitsConfig()
+    project: str | None = Field(None, description="whom the cost ledger counts it for, beside the user")
     secrets: Secrets = Field({}, description="variables that are set where the job runs: NAME: secret://…")
     priority: int = Field(0, description="on a cluster that is shared, jobs with a higher one go first")
     from_: str | None = Field(
@@ -181,6 +193,8 @@ class Recipe(Config):
     def _consistent(self) -> "Recipe":
         if not keys.is_name(self.name):
             raise ValueError(f"name {self.name!r}: use lower case letters, digits, '.', '_' and '-'")
+        if self.project is not None and not keys.is_name(self.project):
+            raise ValueError(f"project {self.project!r}: use lower case letters, digits, '.', '_' and '-'")
         if self.train.micro_batch > self.train.global_batch:
             raise ValueError(
                 f"train.micro_batch {self.train.micro_batch} is larger than train.global_batch "

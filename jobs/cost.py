@@ -174,6 +174,7 @@ def _time_and_money(recipe: Recipe, shape: Shape, work: Work) -> tuple[Span | No
     if not work.tokens:
         return None, None, "hours and money are not estimated, because the tokens are not known"
     gpu = find_gpu(cluster.gpu)
+    own = [price for price in (cluster.prices.gpu_spot, cluster.prices.gpu) if price is not None]
     total = work.tokens * flops_per_token(recipe, shape)
     peak = recipe.train.fewest * gpu.bf16_tflops * 1e12 * 3600
     hours = Span(total.low / (peak * UTILISATION[1]), total.high / (peak * UTILISATION[0]))
@@ -181,6 +182,10 @@ def _time_and_money(recipe: Recipe, shape: Shape, work: Work) -> tuple[Span | No
     basis = f"{cluster.gpu}, {gpu.bf16_tflops:g} TFLOP/s, {low:.0%} to {high:.0%} of it reached"
     if recipe.model.dtype == "fp32":
         basis += " (bf16's peak; fp32 is slower)"
+    if own:
+        money = Span(hours.low * min(own), hours.high * max(own)) * recipe.train.fewest
+        offers = " to ".join(f"${price:.2f}" for price in sorted(set(own)))
+        return hours, money, f"{basis}; {offers} an hour (prices of cluster {cluster.name})"
     if not gpu.prices:
         return hours, None, f"{basis}; the table has no price for it"
     return hours, _money(hours * recipe.train.fewest, gpu), f"{basis}; {_offers(gpu)}"

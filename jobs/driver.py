@@ -7,11 +7,11 @@ Everything that can be wrong with what the person gave is found before run.json 
 taken. Torch is imported by the checks of model and tokenizer, never before a config is sound.
 """
 
-import getpass
 import json
 import secrets
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from cluster import __version__, keys, models, records, registry, secret
+from cluster import __version__, keys, ledger, models, records, registry, secret, session
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, InputError, LuthierError, RunFailed
 from cluster.logs import say
@@ -29,7 +29,7 @@ from cluster.patient import PatientStore
 from cluster.records import BaseModelRef, CheckpointRef, RunRecord
 from cluster.session import joined
 from cluster.store import Store, open_store
-from jobs import dataset, runs
+from jobs import dataset, limits, runs
 from jobs.attempts import Attempts
 from jobs.config import FullConfig, LoraConfig, Method, Recipe
 from jobs.plan import Plan, make_plan, shape_of
@@ -39,17 +39,20 @@ VERSIONS = ("ray", "torch", "deepspeed", "transformers", "peft")
 
 def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """Do what a recipe says. Returns the job's last line. Raises LuthierError."""
+    began = time.time()
     recipe = load(path, Recipe, overrides)
+    limits.check(recipe)
     shape = shape_of(recipe.model)
     if shape:
         make_plan(recipe, shape)
+        limits.check_plan(recipe, shape, Path.cwd())
     secret.load(recipe.secrets)
     store = open_store(recipe.store)
     files = [dataset.locate_all(names, store, Path.cwd()) for names in (recipe.data.train, recipe.data.evaluation)]
     parent = runs.find_checkpoint(store, recipe.from_) if recipe.from_ else None
     with joined(recipe.cluster, recipe.train.fewest, recipe.train.most, recipe.secrets):
         record, shape = begin(recipe, files, parent, store)
-        return _carry_out(record, recipe, shape, store)
+        return _carry_out(record, recipe, shape, store, began)
 
 
 def begin(
@@ -74,7 +77,7 @@ def begin(
     if not recipe.publish:
         say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
     begins = f", from {parent.run_id}@{parent.step}" if parent else ""
-    runs.tell(store, record.run_id, f"submitted by {getpass.getuser()}{begins}; {summary(recipe, plan)}", "preparing")
+    runs.tell(store, record.run_id, f"submitted by {session.submitter()}{begins}; {summary(recipe, plan)}", "preparing")
     return record, shape
 
 
@@ -83,6 +86,7 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
 
     Raises LuthierError: InputError when there is no such run, when it has succeeded, or when it is still running.
     """
+    began = time.time()
     given = (override.partition("=") for override in overrides if override.startswith("secrets."))
     secret.load({name.removeprefix("secrets."): reference for name, _, reference in given})  # the store's own, perhaps
     store = open_store(url)
@@ -92,6 +96,8 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         wait = ", or is lost, which shows within a minute" if found.state != "succeeded" else ""
         raise InputError(f"run {run_id} {still}{wait}; `luthier jobs show {run_id} --store {url}` tells more")
     recipe = _recipe_again(found.record, overrides)
+    limits.check(recipe)
+    limits.check_left(run_id, recipe.limits, ledger.total(runs.ledger_entries(store, found.record)))
     secret.load(recipe.secrets)
     if started := runs.attempts(store, run_id):  # as it was last, where memory has corrected the recipe
         recipe = recipe.at(micro_batch=min(recipe.train.micro_batch, started[-1].micro_batch))
@@ -100,16 +106,17 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         shape = read_shape(folder)
         say(summary(recipe, make_plan(recipe, shape)))
         runs.clear_stop_requests(store, run_id)
-        runs.tell(store, run_id, f"resumed by {getpass.getuser()}; it was {found.state}", "resuming")
+        runs.tell(store, run_id, f"resumed by {session.submitter()}; it was {found.state}", "resuming")
         say(f"run {run_id} in {store.url}")
-        return _carry_out(found.record, recipe, shape, store)
+        return _carry_out(found.record, recipe, shape, store, began)
 
 
 RESUMABLE = (
     *("train.workers", "train.zero", "train.micro_batch", "train.activation_checkpointing"),
     *("train.max_failures", "train.max_skipped", "train.resize_s"),
+    *("limits.hours", "limits.usd", "limits.ledger_s"),
 )
-"""What may change when a run goes on: where and how it computes, never what."""
+"""What may change when a run goes on: where and how it computes and for how long, never what."""
 
 
 def _recipe_again(record: RunRecord, overrides: Sequence[str]) -> Recipe:
@@ -131,11 +138,11 @@ def _recipe_again(record: RunRecord, overrides: Sequence[str]) -> Recipe:
         return load(path, Recipe, overrides)
 
 
-def _carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Store) -> dict[str, Any]:
+def _carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Store, began: float) -> dict[str, Any]:
     """Train and publish; whatever the end, the run's log tells it."""
     run_id = record.run_id
     store = PatientStore(plain_store.impatient(), recipe.checkpoint.store_patience_s)
-    attempts = Attempts(record, recipe, shape, store, plain_store)
+    attempts = Attempts(record, recipe, shape, store, plain_store, began)
     try:
         result = attempts.run()
         line = _conclude(run_id, recipe, result, store)

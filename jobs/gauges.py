@@ -36,6 +36,9 @@ class TrainingGauges:
         self._failures = gauge(metrics.TRAINING_FAILURES)
         self._last_step_at = gauge(metrics.LAST_STEP_AT)
         self._last_checkpoint_at = gauge(metrics.LAST_CHECKPOINT_AT)
+        self._usd = gauge(metrics.RUN_COST)
+        self._usd_per_hour = gauge(metrics.RUN_SPENDING)
+        self._limit = gauge(metrics.RUN_LIMIT)
         self._steps = counter(metrics.TRAINING_STEPS)
         self._tokens = counter(metrics.TRAINED_TOKENS)
         self._supervised = counter(metrics.SUPERVISED_TOKENS)
@@ -91,6 +94,12 @@ class TrainingGauges:
     def failed(self, failures: int) -> None:
         """So many failures so far."""
         self._failures.set(float(failures), self._labels)
+
+    def spent(self, usd: float | None, usd_per_hour: float | None, limit: float | None) -> None:
+        """What the run has cost, what it costs now, and how much of its nearest limit that is; None is not shown."""
+        for each, value in ((self._usd, usd), (self._usd_per_hour, usd_per_hour), (self._limit, limit)):
+            if value is not None:
+                each.set(value, self._labels)
 
     def end(self) -> None:
         """Nothing more will come: who looks from now on does not wait for it."""

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from cluster import keys, records, registry
+from cluster import keys, ledger, records, registry
 from cluster.errors import ObjectNotFound
+from cluster.ledger import Entry, in_words
 from cluster.records import AdapterRecord, AttemptRecord, CheckpointManifest, RunEvent
 from cluster.store import Store
 from jobs import runs
@@ -24,6 +25,7 @@ class History:
     steps: list[dict[str, Any]]
     checkpoints: list[CheckpointManifest]
     published: list[AdapterRecord]
+    entries: list[Entry]
 
     @property
     def done(self) -> int:
@@ -44,6 +46,7 @@ def read(store: Store, run_id: str) -> History:
         steps=list(runs.read_steps(store, run_id)),
         checkpoints=_checkpoints(store, run_id),
         published=[version for version in versions if version.run_id == run_id],
+        entries=runs.ledger_entries(store, run.record),
     )
 
 
@@ -113,6 +116,8 @@ def totals(history: History) -> dict[str, str]:
         "from the first event to the last": span(wall),
         "waiting for data": _share(waited, seconds),
         "standing still for checkpoints": _share(stalled, seconds),
+        "cost so far": in_words(ledger.total(history.entries)) if history.entries else "nothing in the ledger",
+        "workers were held for": span(ledger.total(history.entries).held_ms / 1000),
         "done again": f"{again:,} steps, {span(sum(event.seconds_lost for event in events))}" if again else "nothing",
     }
 

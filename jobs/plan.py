@@ -14,7 +14,7 @@ from pathlib import Path
 from cluster.errors import PlanError
 from cluster.gpus import find_gpu
 from cluster.models import ModelConfig, Shape, read_shape
-from jobs import cost
+from jobs import cost, limits
 from jobs.config import LoraConfig, Recipe
 from jobs.memory import GIB, RUNTIME_BYTES, Memory, peak, snapshot_bytes
 from jobs.tensors import is_dora, trained_parameters
@@ -65,6 +65,7 @@ class Survey:
     Attributes:
         at_most: the plan for the most workers, where that is another number.
         advice: what makes it fit, when it does not; each was planned, and fits.
+        refused: the limits that even the least which it can take is above.
     """
 
     recipe: Recipe
@@ -73,6 +74,7 @@ class Survey:
     work: cost.Work
     cost: cost.Cost
     advice: tuple[Advice, ...]
+    refused: tuple[str, ...]
 
     @classmethod
     def of(cls, recipe: Recipe, shape: Shape, folder: Path) -> "Survey":
@@ -82,13 +84,15 @@ class Survey:
         host = RUNTIME_BYTES + snapshot_bytes(recipe, plan.trained_parameters) if is_gpu else None
         work = cost.estimate_work(recipe, folder)
         most = recipe.train.most
+        found = cost.estimate_cost(recipe, shape, work, host)
         return cls(
             recipe=recipe,
             plan=plan,
             at_most=best_plan(recipe.at(workers=most), shape) if most > recipe.train.fewest else None,
             work=work,
-            cost=cost.estimate_cost(recipe, shape, work, host),
+            cost=found,
             advice=() if plan.fits else tuple(advise(recipe, shape)),
+            refused=tuple(limits.above(recipe, found)),
         )
 
     def to_dict(self) -> dict[str, object]:
@@ -104,6 +108,7 @@ class Survey:
             "work": asdict(self.work),
             "cost": asdict(self.cost),
             "advice": [asdict(each) for each in self.advice],
+            "limits": {**self.recipe.limits.model_dump(include={"hours", "usd"}), "refused": list(self.refused)},
         }
 
 

@@ -15,6 +15,7 @@ from cluster.logs import say
 from cluster.place import ClusterConfig
 from cluster.store import Store
 from jobs import runs
+from jobs.account import Account
 from jobs.progress import Stall
 
 LOOK_S = 2.0
@@ -29,15 +30,21 @@ class Pulse:
 
     A heartbeat every 10 s; a first stop request, or SIGTERM (which is what `ray job stop` sends), makes the workers
     save and stop; a second request interrupts the driver at once. A node of theirs that is being drained, and room for
-    more of them, makes the workers save and move. A store that is down for a while is sat out.
+    more of them, makes the workers save and move; a limit of hours or money that is reached makes them save and stop. A
+    store that is down for a while is sat out.
     """
 
-    def __init__(self, store: Store, run_id: str, board: Any, cluster: ClusterConfig, resize_s: float) -> None:
+    def __init__(
+        self, store: Store, run_id: str, board: Any, cluster: ClusterConfig, resize_s: float, account: Account
+    ) -> None:
         self._store = store
         self._run_id = run_id
         self._board = board
         self._cluster = cluster
         self._resize_s = resize_s
+        self._account = account
+        self._limit: str | None = None
+        self._is_limit_told = False
         self._me = uuid4().hex
         self._ended = threading.Event()
         self._terminated = threading.Event()
@@ -70,6 +77,7 @@ class Pulse:
         self.moving = self.hang = self._stalled_at = None
         self._wanted = wanted
         ray.get(self._board.begin.remote())
+        self._account.begin()
         if self.is_stopping:
             self._board.ask.remote("stop")
         self._is_watching = True
@@ -77,6 +85,7 @@ class Pulse:
     def rest(self) -> None:
         """The attempt has ended."""
         self._is_watching = False
+        self._account.end()
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - signal's signature
         self._terminated.set()
@@ -86,11 +95,15 @@ class Pulse:
         grown_at = time.monotonic()
         while not self._ended.wait(_TICK_S):
             if self._terminated.is_set():
+                self._terminated.clear()
                 self._stop("SIGTERM")
+                self._account.cut()
+                looked_at = float("-inf")  # and save at once, for SIGKILL follows within three seconds
             now = time.monotonic()
             if now - looked_at < LOOK_S:
                 continue
             looked_at = now
+            self._look_at_limits()
             if self._is_watching:
                 self._look_at_nodes(now - grown_at > self._resize_s)
                 grown_at = now if now - grown_at > self._resize_s else grown_at
@@ -98,6 +111,8 @@ class Pulse:
                 if now - beaten_at > runs.HEARTBEAT_S:
                     self._beat(is_first=beaten_at == float("-inf"))
                     beaten_at = now
+                self._account.save(self._store)
+                self._tell_limit()
                 requests = runs.stop_requests(self._store, self._run_id)
             except StoreError as error:
                 say(f"warning: the store does not answer, so nobody sees that this run lives: {error}")
@@ -120,6 +135,20 @@ class Pulse:
             say(f"{why}: the run saves its state after the current step, and stops")
             self.is_stopping = True
             self._board.ask.remote("stop")
+
+    def _look_at_limits(self) -> None:
+        reached = self._account.look()
+        if reached and not self._limit:
+            self._limit = reached
+            self._stop(reached)
+
+    def _tell_limit(self) -> None:
+        """Write the limit that was reached into the run's log, once. Raises StoreError."""
+        if self._limit and not self._is_limit_told:
+            key = self._limit.partition(" ")[0]
+            again = f"`luthier jobs resume {self._run_id} {key}=…` goes on"
+            runs.tell(self._store, self._run_id, f"{self._limit}; it saves and stops, and {again}")
+            self._is_limit_told = True
 
     def _look_at_nodes(self, may_grow: bool) -> None:
         nodes, stalls = ray.get(self._board.look.remote())

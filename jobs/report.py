@@ -9,6 +9,7 @@ from xml.etree.ElementTree import Element
 
 import yaml
 
+from cluster import ledger
 from cluster.records import now
 from jobs.chart import MARKS, Chart, Curve, draw
 from jobs.history import History, evaluations, lost, marks, totals
@@ -40,8 +41,8 @@ def page(history: History) -> str:
         tag("p", {}, tag("strong", {"class": f"state {run.state}"}, run.state), f" · {run.record.base.name}, {method}"),
         tag("p", {"class": "small"}, f"{history.store_url}, read {now()}"),
     )
-    parts = (_figures(history), _curves(history), _events(history), _attempts(history), _lineage(history))
-    body = tag("body", {}, top, tag("main", {}, *parts, _recipe(history)))
+    parts = (_figures, _curves, _events, _attempts, _costs, _lineage)
+    body = tag("body", {}, top, tag("main", {}, *(part(history) for part in (*parts, _recipe))))
     return write(tag("html", {"lang": "en"}, head, body))
 
 
@@ -114,6 +115,24 @@ def _attempts(history: History) -> Element:
         for each in history.attempts
     ]
     return _table("Attempts", ("at (UTC)", "attempt", "from step", "workers", "micro-batch"), rows)
+
+
+def _costs(history: History) -> Element:
+    """What was held, by market and price."""
+    rows = []
+    for line, spent in ledger.by_line(history.entries):
+        hours = spent.gpu_ms if line.resource == "GPU" else spent.cpu_ms
+        rows.append(
+            (
+                line.holder,
+                f"{line.type or ''} {line.resource}".strip(),
+                line.market or ledger.UNLABELLED,
+                f"{float(hours / ledger.MS_PER_HOUR):,.4f}",
+                "not known" if spent.usd is None else f"{spent.usd:,.4f}",
+                f"{line.price.usd_per_hour}, {line.price.basis}" if line.price else "not known",
+            )
+        )
+    return _table("Cost", ("held by", "what", "market", "GPU- or CPU-hours", "USD", "USD an hour, and why"), rows)
 
 
 def _lineage(history: History) -> Element:

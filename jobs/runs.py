@@ -10,11 +10,13 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date, timedelta
 from typing import Any
 from uuid import uuid4
 
-from cluster import keys, records
+from cluster import keys, ledger, records
 from cluster.errors import InputError, ObjectDamaged, ObjectExists, ObjectNotFound, StoreError
+from cluster.ledger import Entry
 from cluster.records import (
     ENDED,
     AttemptRecord,
@@ -119,6 +121,16 @@ def driver_of(store: Store, run_id: str) -> str | None:
         return records.read(store, keys.heartbeat(run_id), Heartbeat).driver
     except ObjectNotFound:
         return None
+
+
+def ledger_entries(store: Store, record: RunRecord) -> list[Entry]:
+    """What a run has held so far, from its first day to its driver's last one."""
+    try:
+        last = records.read(store, keys.heartbeat(record.run_id), Heartbeat).at
+    except ObjectNotFound:
+        last = record.created_at
+    after = str(date.fromisoformat(last[:10]) + timedelta(days=1))  # the last entry may come after the last heartbeat
+    return ledger.read_run(store, record.run_id, record.created_at[:10], after)
 
 
 def find(store: Store, run_id: str) -> Run:

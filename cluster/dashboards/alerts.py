@@ -124,6 +124,15 @@ ALERTS = (
         "train.activation_checkpointing, more workers with train.zero, a shorter data.sequence_length.",
     ),
     Alert(
+        "RunNearsItsLimit",
+        _while_active(f"{metrics.RUN_LIMIT.exported} > 0.9"),
+        "0m",
+        "warning",
+        "Run {{ $labels.run }} has used {{ $value | humanizePercentage }} of a limit, and saves and stops at 100 %.",
+        "`luthier jobs plan` and the report say how many steps are left. Where they are worth it, let it stop, and go "
+        "on by `luthier jobs resume RUN limits.hours=…` (or limits.usd).",
+    ),
+    Alert(
         "RequestsFail",
         _answers("5..") + " > 0.05",
         "5m",

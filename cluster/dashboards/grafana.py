@@ -16,7 +16,7 @@ class Panel:
     """Curves over time.
 
     Attributes:
-        unit: one of Grafana's ids: short, s, percentunit, bytes, percent.
+        unit: one of Grafana's ids: short, s, percentunit, bytes, percent, currencyUSD.
         queries: (legend with Grafana's `{{label}}`, PromQL).
     """
 
@@ -154,6 +154,9 @@ TRAINING = Dashboard(
             ],
         ),
         Panel("Workers", "short", _run(metrics.TRAINING_WORKERS)),
+        Panel("Cost so far", "currencyUSD", _run(metrics.RUN_COST)),
+        Panel("Cost of an hour", "currencyUSD", _run(metrics.RUN_SPENDING)),
+        Panel("Share of the nearest limit that is used", "percentunit", _run(metrics.RUN_LIMIT)),
         Panel(
             "Memory of the fullest worker",
             "bytes",

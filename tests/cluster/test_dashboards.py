@@ -118,6 +118,13 @@ CASES: dict[str, tuple[Series, list[Series]]] = {
         {f"autoscaler_pending_nodes{KIND}": f"1+0{LONG}"},
         [{f"autoscaler_pending_nodes{KIND}": series} for series in ("1+0x10 0+0x105 1+0x4", f"0+0{LONG}")],
     ),
+    "RunNearsItsLimit": (
+        active({f"ray_luthier_run_limit_ratio{RUN}": f"0.95+0{LONG}"}),
+        [
+            active({f"ray_luthier_run_limit_ratio{RUN}": f"0.5+0{LONG}"}),
+            {f"ray_luthier_run_limit_ratio{RUN}": f"1.01+0{LONG}", f"ray_luthier_run_active{RUN}": f"0+0{LONG}"},
+        ],
+    ),
     "RequestsFail": (answers(503, 10), [answers(503, 2), answers(404, 50), answers(429, 50)]),
     "RequestsAreRefused": (answers(429, 20), [answers(429, 5), answers(500, 50)]),
     "FirstTokensAreSlow": (first_tokens(10), [first_tokens(2)]),
@@ -239,7 +246,8 @@ def check_dashboard(board: dict[str, Any]) -> None:
     for panel in board["panels"]:
         assert panel["type"] == "timeseries"
         assert panel["targets"]
-        assert panel["fieldConfig"]["defaults"]["unit"] in {"short", "s", "percentunit", "percent", "bytes"}
+        units = {"short", "s", "percentunit", "percent", "bytes", "currencyUSD"}
+        assert panel["fieldConfig"]["defaults"]["unit"] in units
         grid = panel["gridPos"]
         columns = range(grid["x"], grid["x"] + grid["w"])
         cells = {(x, y) for x in columns for y in range(grid["y"], grid["y"] + grid["h"])}

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from cluster import ledger
 from cluster.nodes import Group, LocalCluster
 from cluster.store import open_store
 from jobs import runs
@@ -162,6 +163,9 @@ def test_nodes_come_for_a_job_and_go_after_it_and_no_secret_is_seen(
     found = list(store.list(""))
     assert found
     assert all(canary not in store.get(each.key) for each in found)
+    spent = ledger.by_market(ledger.read_all(store))
+    assert spent.keys() == {"spot"}, "the ledger knows the market of the nodes that came"
+    assert spent["spot"].cpu_ms == 2 * spent["spot"].held_ms
     wait_until_gone(elastic, 60)
 
 

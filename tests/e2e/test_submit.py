@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
+from cluster import ledger
 from cluster.errors import PlanError
 from cluster.nodes import LocalCluster
 from cluster.processes import free_ports
@@ -66,17 +68,22 @@ def test_two_submits_at_once_are_one_run_and_a_third_shows_it(
 ) -> None:
     store = f"file://{tmp_path}/store"
     recipe = write_recipe(tmp_path, tiny_models["qwen3"], [rows], name="twice", store=store)
-    pair = [luthier(ray_cluster, "submit", str(recipe), "train.steps=2", "cluster.shared=true") for _ in range(2)]
+    same = ("submit", str(recipe), "train.steps=2", "cluster.shared=true", "cluster.driver_cpus=0.5")
+    pair = [luthier(ray_cluster, *same, LOGNAME="ann") for _ in range(2)]
     results = [ended(process) for process in pair]
     assert [code for code, _, _ in results] == [0, 0], results
     (run_id,) = runs.run_ids(open_store(store))
     assert all(run_id in out for _, out, _ in results)  # both followed it
     assert sum("was submitted before" in out for _, out, _ in results) == 1
-    code, out, _ = ended(luthier(ray_cluster, "submit", str(recipe), "train.steps=2", "cluster.shared=true"))
+    code, out, _ = ended(luthier(ray_cluster, *same, LOGNAME="ann"))
     assert code == 0
     assert "was submitted before" in out
     assert out.startswith("ray job submit --address http://127.0.0.1:")
     assert len(runs.run_ids(open_store(store))) == 1
+    alone, *_, last = ledger.read_all(open_store(store))
+    assert {alone.user, last.user} == {"ann"}, "whoever submitted, not the driver's own user"
+    assert [(line.holder, line.amount) for line in alone.lines] == [("driver", Decimal("0.5"))], "before its workers"
+    assert {line.holder for line in last.lines} == {"driver"}
     other = ended(luthier(ray_cluster, "submit", str(recipe), "train.steps=3", "--detach"))
     assert other[0] == 0
     assert "was submitted before" not in other[1]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from decimal import Decimal
 from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,8 +14,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cluster import keys, records
+from cluster import keys, ledger, records
 from cluster.folder import FolderStore
+from cluster.ledger import Line, Price
+from cluster.meter import Meter
 from cluster.records import BaseModelRef, CheckpointManifest, CheckpointRef, FileRecord, RunEvent, RunRecord
 from cluster.store import Store
 from jobs import chart, history, report, runs
@@ -59,7 +62,19 @@ def write_run(store: Store, text: str = "calm") -> str:
         created_at=records.now(),
     )
     store.put(keys.checkpoint_manifest(run_id, 60), manifest.to_bytes())
+    pay(store, record, text)
     return run_id
+
+
+def pay(store: Store, record: RunRecord, text: str) -> None:
+    """Half an hour of two GPUs on spot nodes at a price, and of one on a node whose market is `text`, without any."""
+    clock = iter([0.0, 0.0, 1800.0])
+    meter = Meter(record.run_id, text, None, "d", clock=lambda: next(clock), started_ms=ledger.to_ms(record.created_at))
+    price = Price(usd_per_hour=Decimal(3), basis=text)
+    spot = Line(holder="worker", resource="GPU", type="H100", market="spot", amount=Decimal(2), price=price)
+    meter.hold([spot, spot.model_copy(update={"market": text, "amount": Decimal(1), "price": None})])
+    meter.hold([])
+    meter.save(store)
 
 
 def work(store: Store, run_id: str, first: int, end: int, lost: int = 0, skipped: int | None = None) -> None:
@@ -234,6 +249,14 @@ def test_the_totals_are_those_of_the_steps_that_count(told: history.History) -> 
     assert totals["time in steps"] == "30.0 s, 2,000 tokens/s"
     assert totals["waiting for data"] == "0.6 s, 2.0 % of the time in steps"
     assert totals["done again"] == "10 steps, 5.0 s"
+    assert totals["cost so far"] == "1.50 GPU-hours; $3.00 and what has no price"
+    assert totals["workers were held for"] == "30 min 0 s"
+
+
+def test_costs_are_told_by_market(told: history.History) -> None:
+    text = Parsed(report.page(told)).text
+    for row in (["worker", "H100 GPU", "spot", "1.0000", "3.0000", "3, calm"], ["calm", "0.5000", "not known"]):
+        assert "\n".join(row) in text
 
 
 @settings(max_examples=30)
