@@ -126,3 +126,12 @@ def aliases_prefix(name: str) -> str:
 
 def alias_entry(name: str, number: int) -> str:
     return f"{aliases_prefix(name)}{number:08d}.json"
+
+
+def probe_key(unique: str) -> str:
+    """An object that proves what the store does, and is deleted at once."""
+    return f"{probes_prefix()}{unique}"
+
+
+def probes_prefix() -> str:
+    return ".probe/"

@@ -1,0 +1,59 @@
+"""All rules, in the order in which their findings are shown."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from cluster.doctor import closed, described, fabric, machines, store, versions
+from cluster.doctor.facts import Facts
+from cluster.doctor.finding import Check, Finding, Level
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What it says of the facts; where it `needs` the cluster's answer or the job's, and there is none, nothing."""
+
+    check: Check
+    find: Callable[[Facts], Iterator[Finding]]
+    needs: str = "visit"
+
+
+RULES: Sequence[Rule] = (
+    Rule(Check.ANSWER, closed.answers, needs=""),
+    Rule(Check.TOKEN, closed.dashboard_token, needs=""),
+    Rule(Check.TOKEN, closed.ports_token),
+    Rule(Check.TOKEN_FILE, closed.token_files),
+    Rule(Check.DASHBOARD, closed.dashboard),
+    Rule(Check.PORTS, closed.ports),
+    Rule(Check.RIGHTS, closed.rights),
+    Rule(Check.HEAD, closed.head),
+    Rule(Check.USAGE, closed.usage),
+    Rule(Check.RAY, versions.ray_and_python, needs="answer"),
+    Rule(Check.PACKAGES, versions.packages),
+    Rule(Check.IMAGE, versions.image),
+    Rule(Check.NODES, machines.nodes, needs="answer"),
+    Rule(Check.CLOCKS, machines.clocks),
+    Rule(Check.DISK, machines.disk),
+    Rule(Check.SHARED_MEMORY, machines.shared_memory),
+    Rule(Check.MEMORY, machines.memory),
+    Rule(Check.GPUS, machines.gpus),
+    Rule(Check.STORE, store.operations),
+    Rule(Check.SHARED, store.shared),
+    Rule(Check.LINKS, fabric.links),
+    Rule(Check.MTU, fabric.mtu),
+    Rule(Check.NCCL, fabric.nccl),
+    Rule(Check.RDMA, fabric.rdma),
+    Rule(Check.FILE, described.nodes),
+)
+
+
+def examine(facts: Facts) -> list[Finding]:
+    """Every finding. A check whose facts are not there says so, rather than nothing."""
+    found: list[Finding] = []
+    for rule in RULES:
+        if rule.needs and facts.refused:
+            found.append(Finding(rule.check, Level.NOT_CHECKED, "the dashboard has to be asked for it"))
+        elif rule.needs == "visit" and facts.visit is None:
+            found.append(Finding(rule.check, Level.NOT_CHECKED, "the probe has to be asked for it"))
+        else:
+            found += rule.find(facts)
+    return found
