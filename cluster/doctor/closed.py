@@ -1,8 +1,10 @@
 """Rules: who may come in, and what a job may do. They hold a live cluster to what `cluster/launch` promises."""
 
+from collections import Counter
 from collections.abc import Iterator
 from ipaddress import ip_address
 
+from cluster import env
 from cluster.doctor.facts import Facts
 from cluster.doctor.finding import Check, Finding, Level, Problem, fault, judged, warning
 from cluster.doctor.report import Node, Socket
@@ -37,14 +39,20 @@ def ports_token(facts: Facts) -> Iterator[Finding]:
 
     def judge(node: Node) -> Iterator[Problem]:
         said = node.said
-        if said.variables.get("RAY_AUTH_MODE") != "token":
-            mode = said.variables.get("RAY_AUTH_MODE")
+        if said.variables.get(env.RAY_AUTH_MODE) != "token":
+            mode = said.variables.get(env.RAY_AUTH_MODE)
             yield fault(f"Ray was started {f'with RAY_AUTH_MODE={mode}' if mode else 'without RAY_AUTH_MODE'}", _START)
         # By kind of process: ports differ from node to node.
         for process in sorted({each.process for each in said.sockets if each.answers == "open"}):
             yield fault(f"the {process} answers without a token", _START)
+        if not said.sockets:
+            yield Problem(Level.NOT_CHECKED, "no port of Ray's processes was found", "")
 
-    yield from judged(Check.TOKEN, facts.answered, judge, "RAY_AUTH_MODE=token, and no port of Ray answers without it")
+    asked = Counter[str](each.answers for node in facts.answered for each in node.said.sockets)
+    told = {"refuses": "refuse", "metrics": "show metrics alone", "unknown": "speak a protocol that was not tried"}
+    seen = ", ".join(f"{asked[answer]} {words}" for answer, words in told.items() if asked[answer])
+    fine = f"RAY_AUTH_MODE=token; of Ray's {asked.total()} ports, asked without it, {seen}"
+    yield from judged(Check.TOKEN, facts.answered, judge, fine)
 
 
 def token_files(facts: Facts) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import TypeVar
 
+from cluster import env
 from cluster.doctor import devices, sockets
 from cluster.doctor.report import Disk, Interface, RdmaPort, Report, TokenFile
 
@@ -24,12 +25,11 @@ PACKAGES = (
 """Whose versions are compared; CUDA's only with the driver."""
 
 VARIABLES = (
-    *("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "LUTHIER_CACHE", "LUTHIER_IMAGE"),
+    *(env.RAY_AUTH_MODE, env.RAY_AUTH_TOKEN_PATH, env.LUTHIER_CACHE, env.LUTHIER_IMAGE),
     *("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_IB_DISABLE"),
 )
 """What is reported of Ray's environment. None of them is a secret."""
 
-_TOKEN_VARIABLE = "RAY_AUTH_TOKEN"
 _SMI_TIMEOUT_S = 30.0
 _SIOCGIFADDR = 0x8915
 _INFINIBAND = Path("/sys/class/infiniband")
@@ -62,8 +62,8 @@ def report(session: str, gcs: str, is_head: bool) -> Report:
         user=os.geteuid(),
         capabilities=read("capabilities", _capabilities, 0),
         variables={name: variables[name] for name in VARIABLES if name in variables},
-        has_token_variable=_TOKEN_VARIABLE in variables,
-        token_file=token_file(variables.get("RAY_AUTH_TOKEN_PATH")),
+        has_token_variable=env.RAY_AUTH_TOKEN in variables,
+        token_file=token_file(variables.get(env.RAY_AUTH_TOKEN_PATH)),
         usage_stats=read("usage statistics", _usage_stats, False),
         python=platform.python_version(),
         packages=read("packages", _packages, {}),
@@ -122,7 +122,7 @@ def _packages() -> dict[str, str]:
 
 
 def _disks(session: str, variables: Mapping[str, str]) -> tuple[Disk, ...]:
-    cache = variables.get("LUTHIER_CACHE") or "~/.cache/luthier"
+    cache = variables.get(env.LUTHIER_CACHE) or "~/.cache/luthier"
     return tuple(
         _disk(what, Path(path).expanduser()) for what, path in (("Ray's temporary folder", session), ("cache", cache))
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from cluster import env
 from cluster.doctor import devices
 from cluster.doctor.facts import Facts
 from cluster.doctor.finding import Check, Finding, Level, Problem, fault, judged, warning
@@ -64,16 +65,16 @@ def image(facts: Facts) -> Iterator[Finding]:
     if provider is None or isinstance(provider, OnPremises):
         return
     wanted = provider.image
-    unknown = [str(node) for node in facts.answered if "LUTHIER_IMAGE" not in node.said.variables]
+    unknown = [str(node) for node in facts.answered if env.LUTHIER_IMAGE not in node.said.variables]
     if unknown:
-        seen = "a container does not know its image, and LUTHIER_IMAGE is not set"
+        seen = f"a container does not know its image, and {env.LUTHIER_IMAGE} is not set: it was started by other files"
         yield Finding(Check.IMAGE, Level.NOT_CHECKED, seen, nodes=tuple(unknown))
 
     def judge(node: Node) -> Iterator[Problem]:
-        if (there := node.said.variables["LUTHIER_IMAGE"]) != wanted:
+        if (there := node.said.variables[env.LUTHIER_IMAGE]) != wanted:
             yield fault(f"it was started from {there}, and the file says {wanted}", "luthier cluster up NAME")
 
-    known = [node for node in facts.answered if "LUTHIER_IMAGE" in node.said.variables]
+    known = [node for node in facts.answered if env.LUTHIER_IMAGE in node.said.variables]
     yield from judged(Check.IMAGE, known, judge, wanted)
 
 

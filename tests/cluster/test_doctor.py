@@ -159,6 +159,7 @@ SICK: dict[str, tuple[Facts, Check, Level, str]] = {
         FAULT,
         "the gcs answers without a token",
     ),
+    "no ports": (of_worker(sockets=()), Check.TOKEN, NOT_CHECKED, "no port of Ray's processes"),
     "readable token": (
         of_worker(token_file=TokenFile("/t", 0o644, 1000)),
         Check.TOKEN_FILE,
