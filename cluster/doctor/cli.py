@@ -28,7 +28,7 @@ def doctor(
     secret: Annotated[
         list[str] | None, typer.Option(help="NAME=secret://…, read on the nodes before the store is opened")
     ] = None,
-    timeout: Annotated[float, typer.Option(min=1.0, help="seconds that a node may take for one answer")] = 20.0,
+    timeout: Annotated[float, typer.Option(min=1.0, help="seconds that a node may take for one answer")] = 30.0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Prove that a live cluster is closed and fit: all checks, with a fix for each fault. Exit code 1 for a fault."""
@@ -101,11 +101,11 @@ def _show(found: "list[Finding]") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from cluster.doctor.finding import Level
+    from cluster.doctor.finding import Check, Level
     from cluster.logs import console
 
     styles = {Level.OK: "green", Level.WARNING: "yellow", Level.FAULT: "bold red", Level.NOT_CHECKED: "dim"}
-    everybody = {node for each in found for node in each.nodes} - {"here"}
+    everybody = {node for each in found if each.check is Check.NODES for node in each.nodes}
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("", "check", "", "seen"):
         table.add_column(column, no_wrap=column != "seen", overflow="fold")

@@ -66,13 +66,17 @@ def token_files(facts: Facts) -> Iterator[Finding]:
         elif file.owner not in (user, 0):
             yield fault(f"{file.path} belongs to user {file.owner}, Ray is {user}", f"chown {user} {file.path}")
 
+    yield from judged(Check.TOKEN_FILE, facts.answered, judge, "nobody else may read it")
+
+
+def own_token_file(facts: Facts) -> Iterator[Finding]:
+    """The laptop's."""
     mine = facts.here.token_file
     if mine and mine.mode is not None and mine.mode & 0o077:
         problem = _readable(mine.path, mine.mode)
         yield Finding(Check.TOKEN_FILE, problem.level, problem.seen, problem.fix, (HERE,))
     elif mine and mine.mode is not None:
         yield Finding(Check.TOKEN_FILE, Level.OK, f"mode {mine.mode:04o}", nodes=(HERE,))
-    yield from judged(Check.TOKEN_FILE, facts.answered, judge, "nobody else may read it")
 
 
 def dashboard(facts: Facts) -> Iterator[Finding]:
@@ -133,8 +137,8 @@ def rights(facts: Facts) -> Iterator[Finding]:
         elif node.said.user == 0 and not facts.is_one_machine:
             yield warning("Ray runs as root, and so does every job", "start Ray as a user of its own")
 
-    fine = "one machine, its own user" if facts.is_one_machine else "no root, no more than a user may do"
-    yield from judged(Check.RIGHTS, facts.answered, judge, fine)
+    alone, fine = "one machine: jobs run as the user that started Ray", "no root, no more than a user may do"
+    yield from judged(Check.RIGHTS, facts.answered, judge, alone if facts.is_one_machine else fine)
 
 
 def head(facts: Facts) -> Iterator[Finding]:
@@ -179,5 +183,5 @@ def _from_here(facts: Facts) -> str:
     if facts.here.machine in {node.said.machine for node in facts.answered}:
         return "this machine is one of them, so what others reach was not tried"
     if any(facts.reached.values()):
-        return "this machine reaches some ports directly, and each asks for the token"
+        return "this machine is in their network, and reaches ports that ask for the token"
     return "this machine reaches no port but through the tunnel"

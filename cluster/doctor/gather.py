@@ -50,7 +50,7 @@ def gather(
     place: ClusterConfig | None = None,
     store: str | None = None,
     secrets: Mapping[str, str] | None = None,
-    timeout_s: float = 20.0,
+    timeout_s: float = 30.0,
 ) -> Facts:
     """What can be known about a cluster now.
 

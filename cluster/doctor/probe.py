@@ -10,7 +10,7 @@ import struct
 import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,7 +45,7 @@ def report(session: str, gcs: str, is_head: bool) -> Report:
         gcs: the GCS' address.
     """
     failed: list[str] = []
-    raylet = os.getppid()
+    raylet = int(os.environ.get("RAY_RAYLET_PID") or os.getppid())
     variables = _environment(raylet)
 
     def read(what: str, how: Callable[[], Read], otherwise: Read) -> Read:
@@ -117,8 +117,11 @@ def _usage_stats() -> bool:
 
 
 def _packages() -> dict[str, str]:
-    there = {(each.metadata["Name"] or "").lower().replace("_", "-"): each.version for each in distributions()}
-    return {name: there[name] for name in PACKAGES if name in there}
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _disks(session: str, variables: Mapping[str, str]) -> tuple[Disk, ...]:

@@ -11,6 +11,7 @@ _FIXES = {
     "StoreUnfit": "use a server that honours If-None-Match (AWS S3, Ceph, MinIO, R2), or a shared folder",
     "StoreDenied": "give the node's role, or the keys in the node's environment, the right to do so in this prefix; "
     "where a recipe has them as `secrets`, say --secret NAME=secret://… here",
+    "ConfigError": "correct the address, or where the secret is kept on the node",
     "StoreUnreachable": "open the way from the node to the store, and check AWS_ENDPOINT_URL there",
     "ModuleNotFoundError": "pip install --constraint requirements.lock . on the node, or build its image anew",
 }

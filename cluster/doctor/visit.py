@@ -87,6 +87,14 @@ class Visitor:
                 self.problems[asked[reference]] = _last_line(error)
         return answers
 
+    def ask_one(self, name: str, call: Callable[[Any], Any]) -> Any:
+        """What one node answers; None when it does not."""
+        try:
+            return ray.get(call(self.actors[name]), timeout=self._timeout_s) if name not in self.problems else None
+        except ray.exceptions.RayError as error:
+            self.problems[name] = _last_line(error)
+            return None
+
 
 def main() -> None:
     asked = json.loads(sys.argv[1])
@@ -100,7 +108,7 @@ def visit(timeout_s: float, store: str | None, secrets: Mapping[str, str]) -> Vi
     visitor = Visitor(nodes, timeout_s)
     heads = {node.id for node in nodes if node.is_head}
     reports = visitor.ask(lambda name, probe: probe.report.remote(name in heads))
-    clocks = {name: _clock(visitor.actors[name]) for name in reports}
+    clocks = {name: clock for name in reports if (clock := _clock(name, visitor)) is not None}
     found_links = _links([node for node in nodes if node.id in reports], visitor)
     stored = _store(store, secrets, visitor) if store else {}
     return Visit(
@@ -129,13 +137,15 @@ def _node(found: Mapping[str, Any]) -> Node:
     )
 
 
-def _clock(probe: Any) -> tuple[float, float]:
+def _clock(name: str, visitor: Visitor) -> tuple[float, float] | None:
     """Its offset, and how wrong that may be: half of the shortest round trip (Cristian's algorithm)."""
     measured = []
     for _ in range(_CLOCK_ROUNDS):
         begun = time.time()
-        theirs = ray.get(probe.clock.remote())
+        theirs = visitor.ask_one(name, lambda probe: probe.clock.remote())
         ended = time.time()
+        if theirs is None:
+            return None
         measured.append(((ended - begun) / 2, theirs - (begun + ended) / 2))
     error, offset = min(measured)
     return offset, error
@@ -155,9 +165,12 @@ def _links(nodes: Sequence[Node], visitor: Visitor) -> list[Link]:
     for source, (target, address, port) in list(zip(ports, targets[1:] + targets[:1], strict=True))[:_STREAMS]:
         link = found.get((source, target))
         if link and not link.error:
-            speed = ray.get(visitor.actors[source].stream.remote(address, port))
-            found[source, target] = replace(link, bits_per_s=speed)
+            found[source, target] = replace(link, bits_per_s=visitor.ask_one(source, _stream_to(address, port)))
     return list(found.values())
+
+
+def _stream_to(address: str, port: int) -> Callable[[Any], Any]:
+    return lambda probe: probe.stream.remote(address, port)
 
 
 def _store(url: str, secrets: Mapping[str, str], visitor: Visitor) -> dict[str, StoreReport]:

@@ -107,6 +107,7 @@ WORKER = Node(
     store=STORED,
 )
 LINKS = (Link("headhead", "workerwo", 0.0002, 9e9), Link("workerwo", "headhead", 0.0002, 9e9))
+FROM_HERE = {Check.ANSWER, Check.TOKEN, Check.TOKEN_FILE}
 HEALTHY = Facts(
     "http://127.0.0.1:8265",
     HERE,
@@ -378,10 +379,18 @@ def test_what_is_sick_in_one_way_alone_leaves_other_checks_alone(name: str) -> N
 
 def test_a_probe_that_did_not_come_back_leaves_no_check_out() -> None:
     found = examine(replace(HEALTHY, visit=None, no_visit="no python"))
-    assert {each.check for each in found if each.level is Level.OK} == {Check.ANSWER, Check.TOKEN, Check.RAY}
+    assert {each.check for each in found if each.level is Level.OK} == {*FROM_HERE, Check.RAY}
     assert {rule.check for rule in RULES} == {each.check for each in found}
     (lost,) = [each for each in found if each.level is FAULT]
     assert "no python" in lost.seen
+
+
+def test_nodes_that_all_keep_silent_leave_no_check_out() -> None:
+    late = [replace(node, report=None, problem="no answer within 1 s", store=None) for node in (HEAD, WORKER)]
+    found = examine(replace(HEALTHY, visit=Visit(tuple(late))))
+    assert set(Check) == {each.check for each in found}
+    assert {each.check for each in found if each.level is FAULT} == {Check.NODES}
+    assert {each.check for each in found if each.level is Level.OK} == {*FROM_HERE, Check.RAY}
 
 
 def test_one_machine_may_work_on_its_head_and_run_as_its_user() -> None:
