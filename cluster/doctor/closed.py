@@ -1,7 +1,7 @@
 """Rules: who may come in, and what a job may do. They hold a live cluster to what `cluster/launch` promises."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
 
 from cluster import env
@@ -48,11 +48,14 @@ def ports_token(facts: Facts) -> Iterator[Finding]:
         if not said.sockets:
             yield Problem(Level.NOT_CHECKED, "no port of Ray's processes was found", "")
 
-    asked = Counter[str](each.answers for node in facts.answered for each in node.said.sockets)
+    yield from judged(Check.TOKEN, facts.answered, judge, _asked)
+
+
+def _asked(nodes: Sequence[Node]) -> str:
+    asked = Counter[str](each.answers for node in nodes for each in node.said.sockets)
     told = {"refuses": "refuse", "metrics": "show metrics alone", "unknown": "speak a protocol that was not tried"}
     seen = ", ".join(f"{asked[answer]} {words}" for answer, words in told.items() if asked[answer])
-    fine = f"RAY_AUTH_MODE=token; of Ray's {asked.total()} ports, asked without it, {seen}"
-    yield from judged(Check.TOKEN, facts.answered, judge, fine)
+    return f"RAY_AUTH_MODE=token; of Ray's {asked.total()} ports, asked without it, {seen}"
 
 
 def token_files(facts: Facts) -> Iterator[Finding]:

@@ -56,9 +56,9 @@ def examine(facts: Facts) -> list[Finding]:
     found: list[Finding] = []
     for rule in RULES:
         if rule.needs and facts.refused:
-            found.append(Finding(rule.check, Level.NOT_CHECKED, "the dashboard has to be asked for it"))
+            found.append(Finding(rule.check, Level.NOT_CHECKED, "the cluster did not answer"))
         elif rule.needs == "visit" and not facts.answered:
-            found.append(Finding(rule.check, Level.NOT_CHECKED, "the probe has to be asked for it"))
+            found.append(Finding(rule.check, Level.NOT_CHECKED, "no node has answered"))
         else:
             said = list(rule.find(facts))
             if not said and not rule.is_optional:

@@ -82,9 +82,16 @@ def warning(seen: str, fix: str) -> Problem:
 
 
 def judged(
-    check: Check, nodes: Sequence[Node], judge: Callable[[Node], Iterable[Problem]], fine: str
+    check: Check,
+    nodes: Sequence[Node],
+    judge: Callable[[Node], Iterable[Problem]],
+    fine: str | Callable[[Sequence[Node]], str],
 ) -> Iterator[Finding]:
-    """A finding for each different problem, with the nodes that have it; and one for the nodes that have none."""
+    """A finding for each different problem, with the nodes that have it; and one for the nodes that have none.
+
+    Args:
+        fine: what is said of those that have none.
+    """
     found: dict[Problem, list[str]] = {}
     well = []
     for node in nodes:
@@ -92,8 +99,9 @@ def judged(
         for problem in problems:
             found.setdefault(problem, []).append(str(node))
         if not problems:
-            well.append(str(node))
+            well.append(node)
     for problem, names in found.items():
         yield Finding(check, problem.level, problem.seen, problem.fix, tuple(names))
     if well:
-        yield Finding(check, Level.OK, fine, nodes=tuple(well))
+        seen = fine if isinstance(fine, str) else fine(well)
+        yield Finding(check, Level.OK, seen, nodes=tuple(map(str, well)))

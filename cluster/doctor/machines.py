@@ -1,6 +1,6 @@
 """Rules: whether nodes answer, and have what they say they have: clocks, disk, memory, GPUs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cluster.doctor import devices
 from cluster.doctor.devices import Gpu
@@ -51,8 +51,7 @@ def clocks(facts: Facts) -> Iterator[Finding]:
             yield warning(seen, "run chrony or systemd-timesyncd on the node")
 
     known = [node for node in facts.answered if node.clock_s is not None]
-    most = max((abs(node.clock_s or 0.0) + node.clock_error_s for node in known), default=0.0)
-    yield from judged(Check.CLOCKS, known, judge, f"within {most * 1000:.0f} ms of the driver's")
+    yield from judged(Check.CLOCKS, known, judge, _within)
 
 
 def disk(facts: Facts) -> Iterator[Finding]:
@@ -66,8 +65,7 @@ def disk(facts: Facts) -> Iterator[Finding]:
             elif used > _DISK_WARNING:
                 yield warning(seen, free)
 
-    least = min((each.free for node in facts.answered for each in node.said.disks), default=0)
-    yield from judged(Check.DISK, facts.answered, judge, f"{least / _GIB:.0f} GiB or more left")
+    yield from judged(Check.DISK, facts.answered, judge, _left)
 
 
 def shared_memory(facts: Facts) -> Iterator[Finding]:
@@ -100,8 +98,12 @@ def memory(facts: Facts) -> Iterator[Finding]:
                 "start Ray without --memory, or with the container's limit",
             )
 
-    least = min((node.said.memory_free for node in facts.answered), default=0)
-    yield from judged(Check.MEMORY, facts.answered, judge, f"{least / _GIB:.1f} GiB or more free")
+    yield from judged(
+        Check.MEMORY,
+        facts.answered,
+        judge,
+        lambda well: f"{min(node.said.memory_free for node in well) / _GIB:.1f} GiB or more free",
+    )
 
 
 def gpus(facts: Facts) -> Iterator[Finding]:
@@ -138,12 +140,30 @@ def gpus(facts: Facts) -> Iterator[Finding]:
     if not with_gpus:
         yield Finding(Check.GPUS, Level.OK, "no node has or offers one")
         return
-    kinds = sorted({gpu.name for node in with_gpus for gpu in devices.parse(node.said.nvidia_smi or "").gpus})
-    drivers = sorted({devices.parse(node.said.nvidia_smi or "").driver for node in with_gpus} - {""})
-    yield from judged(Check.GPUS, with_gpus, judge, f"{', '.join(kinds) or 'none'}, driver {', '.join(drivers)}")
+    yield from judged(Check.GPUS, with_gpus, judge, _kinds)
+    drivers = _drivers(with_gpus)
     if len(drivers) > 1:
         seen = f"nodes have the drivers {', '.join(drivers)}"
         yield Finding(Check.GPUS, Level.WARNING, seen, "one image or one driver package for all GPU nodes")
+
+
+def _kinds(nodes: Sequence[Node]) -> str:
+    kinds = sorted({gpu.name for node in nodes for gpu in devices.parse(node.said.nvidia_smi or "").gpus})
+    return f"{', '.join(kinds) or 'none'}, driver {', '.join(_drivers(nodes))}"
+
+
+def _drivers(nodes: Sequence[Node]) -> list[str]:
+    return sorted({devices.parse(node.said.nvidia_smi or "").driver for node in nodes} - {""})
+
+
+def _within(nodes: Sequence[Node]) -> str:
+    most = max(abs(node.clock_s or 0.0) + node.clock_error_s for node in nodes)
+    return f"within {most * 1000:.0f} ms of the driver's"
+
+
+def _left(nodes: Sequence[Node]) -> str:
+    least = min((each.free for node in nodes for each in node.said.disks), default=0)
+    return f"{least / _GIB:.0f} GiB or more left"
 
 
 def _of_one(index: int, gpu: Gpu) -> Iterator[Problem]:

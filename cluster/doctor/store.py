@@ -1,6 +1,6 @@
 """Rules: what each node may do in the store, and whether it is the same for all."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cluster.doctor.facts import Facts
 from cluster.doctor.finding import Check, Finding, Level, Problem, fault, judged, warning
@@ -37,12 +37,13 @@ def operations(facts: Facts) -> Iterator[Finding]:
                 "put the store into the nodes' own region, and look at the way there",
             )
 
-    times = [
-        seconds for node in facts.nodes if node.store for what, seconds in node.store.done.items() if what != "open"
-    ]
+    yield from judged(Check.STORE, facts.answered, judge, _done)
+
+
+def _done(nodes: Sequence[Node]) -> str:
+    times = [time for node in nodes if node.store for what, time in node.store.done.items() if what != "open"]
     longest = f"; the longest took {max(times) * 1000:.0f} ms" if times else ""
-    done = "create, create if absent, read, write, list, delete"
-    yield from judged(Check.STORE, facts.answered, judge, f"{done}{longest}")
+    return f"create, create if absent, read, write, list, delete{longest}"
 
 
 def shared(facts: Facts) -> Iterator[Finding]:
