@@ -1,6 +1,7 @@
 """`luthier cluster doctor` on a live cluster: nothing to say of a healthy one, and faults that were made, by name."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -55,9 +56,15 @@ def test_a_healthy_cluster_has_no_fault(ray_cluster: LocalCluster, store: Store,
         (check.subject, "ok") for check in set(Check) - {Check.IMAGE, Check.DISK, Check.MEMORY, Check.SHARED_MEMORY}
     }, found
     said = {each["check"]: each for each in found}
-    assert len(said["token asked for"]["nodes"]) == len(ray_cluster.alive())
+    nodes = len(ray_cluster.alive())
+    assert len(said["token asked for"]["nodes"]) == nodes
+    asked = re.search(
+        r"(\d+) refuse", said["token asked for"]["seen"]
+    )  # raylet, two agents; GCS, dashboard
+    assert asked
+    assert int(asked[1]) >= 3 * nodes + 2
     assert "127.0.0.1" in said["dashboard on loopback"]["seen"]
-    assert said["node to node"]["seen"].startswith("6 ways")
+    assert said["node to node"]["seen"].startswith(f"{nodes * (nodes - 1)} ways")
     assert list(store.list(".probe/")) == []
 
 
