@@ -29,6 +29,7 @@ nodes      a Ray cluster of local processes, always with a token
 provider   local nodes behind Ray's autoscaler: the cloud of a laptop and of the tests
 spot       on each spot node: asks the cloud whether it will be taken, and drains it
 market     on the head: on-demand nodes where the cloud has no spot ones
+doctor/    what a live cluster has wrong: facts from every node, rules, all findings
 why/       why nothing happens: facts by the dashboard's REST, rules, one answer
 cli        the `luthier` command
 """

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from cluster.doctor.cli import app as doctor
 from cluster.errors import LuthierError
 from cluster.launch.cli import app as launch
 from cluster.ledger import By
@@ -24,13 +25,14 @@ from cluster.logs import console, fail
 GROUPS = {
     "jobs": "fine-tune: plan, submit, train, look at runs",
     "serving": "serve a base and its adapters over HTTP",
-    "cluster": "clusters: up, down, status; what the store holds: adapters, aliases, models, runs",
+    "cluster": "clusters: up, down, status, doctor; what the store holds: adapters, aliases, models, runs",
 }
 COMMANDS = {"why": "why nothing happens: the one cause, and what to do"}
 """Commands of the group `cluster` that also stand alone."""
 
 app = typer.Typer(help="Clusters, and what the store holds.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(launch)
+app.add_typer(doctor)
 
 StoreUrl = Annotated[str, typer.Option("--store", help="s3://bucket/prefix or file:///folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]

@@ -20,6 +20,9 @@ RAY_TRAIN_ENABLE_STATE_TRACKING = "RAY_TRAIN_ENABLE_STATE_TRACKING"
 LUTHIER_CACHE = "LUTHIER_CACHE"
 """Folder on each node for downloaded models, data and adapters. Default: ~/.cache/luthier."""
 
+LUTHIER_IMAGE = "LUTHIER_IMAGE"
+"""The image, by digest, that a node was started from; a container cannot find out by itself."""
+
 DS_ACCELERATOR = "DS_ACCELERATOR"
 """What DeepSpeed computes on; set for training workers."""
 

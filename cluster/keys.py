@@ -153,3 +153,12 @@ def run_of_usage(key: str) -> tuple[str, str] | None:
         case ["usage", day, "runs", run_id, _]:
             return day, run_id
     return None
+
+
+def probe_key(unique: str) -> str:
+    """An object that proves what the store does, and is deleted at once."""
+    return f"{probes_prefix()}{unique}"
+
+
+def probes_prefix() -> str:
+    return ".probe/"

@@ -20,6 +20,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 from uuid import uuid4
 
 from cluster.errors import ConfigError, Fault, InputError, ObjectExists, StoreError, StoreUnfit
+from cluster.keys import probe_key
 
 TEMPORARY = ".tmp-"
 """How the name of a half-written file begins. No key segment may begin with it."""
@@ -159,7 +160,7 @@ def check_key(key: str) -> str:
 
 def _prove_create_if_absent(store: Store) -> None:
     """Create one object twice; only a store that refuses the second can be trusted with a race."""
-    key = f".probe/{uuid4().hex}"
+    key = probe_key(uuid4().hex)
     store.create(key, b"first")
     try:
         store.create(key, b"second")

@@ -80,13 +80,20 @@ def user() -> str:
 
 
 class Cluster:
-    """A cluster behind its dashboard, http://host:8265. Made only of what answers and fits: raises PlanError."""
+    """A cluster behind its dashboard, http://host:8265. Made only of what answers and fits: raises PlanError.
 
-    def __init__(self, address: str) -> None:
+    Args:
+        any_version: take one of another Ray or Python too; nothing that is pickled may go there.
+    """
+
+    def __init__(self, address: str, *, any_version: bool = False) -> None:
         if not address.startswith(("http://", "https://")):
             raise PlanError(f"{address!r} is not a dashboard; give http://host:8265")
         self.address = address.rstrip("/")
-        self._check()
+        self.ray, self.python = self._who()
+        if not any_version:
+            _compare("Ray", self.ray, version("ray"))
+            _compare("Python", _minor(self.python), _minor(platform.python_version()))
 
     def submit(self, job: Submission, root: Path, *, again: bool = False) -> tuple[str, bool]:
         """Send it, unless it runs or has succeeded. Gives its id, and whether it was there already.
@@ -122,6 +129,23 @@ class Cluster:
         found = self._job(submission_id)
         return found["status"] if found else None
 
+    def log(self, submission_id: str) -> str:
+        """What a job has printed. Raises httpx.HTTPError."""
+        logs: str = json.loads(self.read(f"/api/jobs/{submission_id}/logs")).get("logs") or ""
+        return logs
+
+    def message(self, submission_id: str) -> str:
+        """What Ray says of the state that a job is in. Raises httpx.HTTPError."""
+        return str((self._job(submission_id) or {}).get("message") or "")
+
+    def remove(self, submission_id: str) -> None:
+        """End a job if it runs, and forget it if it has ended. Raises httpx.HTTPError."""
+        job = f"{self.address}/api/jobs/{submission_id}"
+        if self.status(submission_id) in ENDED:
+            httpx.delete(job, headers=headers(), timeout=_TIMEOUT_S).raise_for_status()
+        else:
+            httpx.post(f"{job}/stop", headers=headers(), timeout=_TIMEOUT_S).raise_for_status()
+
     def follow(self, submission_id: str) -> int:
         """Print what the job prints, to its end. Gives the exit code of its driver.
 
@@ -150,11 +174,11 @@ class Cluster:
         return int(job.get("driver_exit_code") or 1) if job else 1
 
     def _ask(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.address}{path}", headers=_headers(), timeout=_TIMEOUT_S)
+        return httpx.get(f"{self.address}{path}", headers=headers(), timeout=_TIMEOUT_S)
 
     def read(self, path: str, most_bytes: int | None = None) -> str:
         """What is there, or no more than its beginning. Raises httpx.HTTPError."""
-        with httpx.stream("GET", f"{self.address}{path}", headers=_headers(), timeout=_TIMEOUT_S) as answer:
+        with httpx.stream("GET", f"{self.address}{path}", headers=headers(), timeout=_TIMEOUT_S) as answer:
             answer.raise_for_status()
             text = bytearray()
             for chunk in answer.iter_bytes():
@@ -171,7 +195,7 @@ class Cluster:
         seen = 0
         url = f"{self.address}/api/jobs/{submission_id}/logs/tail"
         async with (
-            aiohttp.ClientSession(headers=_headers()) as session,
+            aiohttp.ClientSession(headers=headers()) as session,
             # A connection that a sleeping laptop has lost is silent: only a heartbeat shows it.
             session.ws_connect(url, heartbeat=_HEARTBEAT_S) as socket,
         ):
@@ -192,7 +216,8 @@ class Cluster:
         found: dict[str, Any] = answer.json()
         return found
 
-    def _check(self) -> None:
+    def _who(self) -> tuple[str, str]:
+        """Its Ray and its Python."""
         try:
             answer = self._ask("/api/version")
         except httpx.TransportError as error:
@@ -207,17 +232,16 @@ class Cluster:
             )
         if not answer.is_success or "ray_version" not in answer.text:
             raise ClusterSilent(f"{self.address} answers {answer.status_code}, and not as Ray's dashboard does")
-        _compare("Ray", answer.json()["ray_version"], version("ray"))
         data = self._ask("/api/v0/cluster_metadata").json()["data"]
-        _compare("Python", _minor(data["pythonVersion"]), _minor(platform.python_version()))
+        return answer.json()["ray_version"], data["pythonVersion"]
 
     def _client(self) -> Any:
         from ray.job_submission import JobSubmissionClient
 
-        return JobSubmissionClient(self.address, headers=_headers())
+        return JobSubmissionClient(self.address, headers=headers())
 
 
-def _headers() -> dict[str, str]:
+def headers() -> dict[str, str]:
     """As Ray finds its token: the variable, the file it names, the file in the home folder."""
     if os.environ.get(env.RAY_AUTH_MODE) != "token":
         return {}

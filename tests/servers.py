@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,46 @@ def ceph() -> Iterator[S3Server]:
         with running(command, {}, Path(folder), port):
             _make_bucket(server)
             yield server
+
+
+class StubS3(ThreadingHTTPServer):
+    """The least of an S3 server that keeps objects. It ignores If-None-Match, as several real ones do."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), StubHandler)
+        self.objects: dict[str, bytes] = {}
+        self.answers: list[tuple[int, str]] = []  # status and code for the next PUTs; then they are served
+        self.puts: list[str] = []
+
+
+class StubHandler(BaseHTTPRequestHandler):
+    server: StubS3
+    protocol_version = "HTTP/1.1"
+
+    def do_PUT(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.puts.append(self.path)
+        if self.server.answers:
+            self.answer(*self.server.answers.pop(0))
+        else:
+            self.server.objects[self.path] = data
+            self.answer(200)
+
+    def do_DELETE(self) -> None:
+        self.server.objects.pop(self.path, None)
+        self.answer(204)
+
+    def answer(self, status: int, code: str = "") -> None:
+        body = f"<Error><Code>{code}</Code><Message>scripted</Message></Error>".encode() if code else b""
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class names it)
+        pass
 
 
 def free_ports(count: int) -> int:

@@ -26,7 +26,7 @@ def files(
     store: Annotated[str | None, typer.Option(help="the store that the two use")] = None,
 ) -> None:
     """Write the files that a cluster is made from, to read or to apply yourself."""
-    for path in _write(_load(name), out, recipe, serving, store):
+    for path in _write(named(name), out, recipe, serving, store):
         print(path)
 
 
@@ -39,7 +39,7 @@ def up(
     """Start a cluster, or change it to what its file says now."""
     from cluster.launch import commands
 
-    cluster = _load(name)
+    cluster = named(name)
     written = _write(cluster)
     if dry_run:
         print(*written, sep="\n")
@@ -52,7 +52,7 @@ def down(name: Name, yes: Yes = False) -> None:
     """End a cluster."""
     from cluster.launch import commands
 
-    cluster = _load(name)
+    cluster = named(name)
     commands.down(cluster, _write(cluster)[0].parent, yes)
 
 
@@ -61,7 +61,7 @@ def status(name: Name) -> None:
     """Nodes of a cluster, what they offer, and what is asked for."""
     from cluster.launch import commands
 
-    cluster = _load(name)
+    cluster = named(name)
     commands.status(cluster, _write(cluster)[0].parent)
 
 
@@ -70,11 +70,11 @@ def dashboard(name: Name, port: Annotated[int, typer.Option(help="on this machin
     """Hold a tunnel to a cluster's dashboard, for a browser and for `luthier jobs submit`."""
     from cluster.launch import commands
 
-    cluster = _load(name)
+    cluster = named(name)
     commands.dashboard(cluster, _write(cluster)[0].parent, port)
 
 
-def _load(name: str) -> "ClusterConfig":
+def named(name: str) -> "ClusterConfig":
     from cluster.config import load
     from cluster.place import ClusterConfig
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from cluster import env
 from cluster.launch.release import Release
 from cluster.launch.spec import HeadPod, Kubernetes, PodGroup
 
@@ -200,7 +201,10 @@ def _container(
         "name": role,
         "image": provider.image,
         "resources": {"requests": resources, "limits": resources},
-        "env": [{"name": "RAY_USAGE_STATS_ENABLED", "value": str(int(provider.usage_stats))}],
+        "env": [
+            {"name": "RAY_USAGE_STATS_ENABLED", "value": str(int(provider.usage_stats))},
+            {"name": env.LUTHIER_IMAGE, "value": provider.image},
+        ],
         **({"envFrom": variables} if variables else {}),
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],  # noqa: S108
         "securityContext": _container_security(),

@@ -7,6 +7,7 @@ the machines differ from cloud to cloud.
 
 from typing import Any
 
+from cluster import env
 from cluster.launch.release import Release
 from cluster.launch.spec import Access, Aws, Azure, Gcp, Labels, MachineGroup, OnPremises
 
@@ -33,7 +34,10 @@ def launcher(
         where: Ray's `provider` section.
         nodes: `auth` and `available_node_types`.
     """
-    run_options = [f"--ulimit nofile={_ULIMIT}:{_ULIMIT}", "--cap-drop=ALL", "--security-opt=no-new-privileges"]
+    run_options = [
+        *(f"--ulimit nofile={_ULIMIT}:{_ULIMIT}", "--cap-drop=ALL", "--security-opt=no-new-privileges"),
+        f"--env={env.LUTHIER_IMAGE}={provider.image}",
+    ]
     return {
         "cluster_name": name,
         "max_workers": sum(group.max for group in provider.groups.values()),

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from mmap import mmap
 from pathlib import Path
 from uuid import uuid4
@@ -36,7 +35,7 @@ from cluster.s3 import Patience, S3Store
 from cluster.store import TEMPORARY, Store, check_key, open_existing, open_store
 from tests.cluster.conftest import UseEnv
 from tests.cluster.race import race
-from tests.servers import S3Server, aws_env, free_ports, shared
+from tests.servers import S3Server, StubS3, aws_env, free_ports, shared
 
 ODD_KEYS = [
     "plain",
@@ -451,46 +450,6 @@ def test_a_listing_of_several_pages(use_env: UseEnv) -> None:
 
 
 # --- S3: servers that misbehave ----------------------------------------------------------------------------------
-
-
-class StubS3(ThreadingHTTPServer):
-    """The least of an S3 server that keeps objects. It ignores If-None-Match, as several real ones do."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), StubHandler)
-        self.objects: dict[str, bytes] = {}
-        self.answers: list[tuple[int, str]] = []  # status and code for the next PUTs; then they are served
-        self.puts: list[str] = []
-
-
-class StubHandler(BaseHTTPRequestHandler):
-    server: StubS3
-    protocol_version = "HTTP/1.1"
-
-    def do_PUT(self) -> None:
-        data = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.puts.append(self.path)
-        if self.server.answers:
-            self.answer(*self.server.answers.pop(0))
-        else:
-            self.server.objects[self.path] = data
-            self.answer(200)
-
-    def do_DELETE(self) -> None:
-        self.server.objects.pop(self.path, None)
-        self.answer(204)
-
-    def answer(self, status: int, code: str = "") -> None:
-        body = f"<Error><Code>{code}</Code><Message>scripted</Message></Error>".encode() if code else b""
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the base class names it)
-        pass
 
 
 @pytest.fixture
