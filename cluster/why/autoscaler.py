@@ -9,6 +9,7 @@ that down once a minute.
 import ast
 import re
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import Any
 
 import yaml
@@ -17,10 +18,14 @@ from cluster.why.facts import NodeGroup
 
 _CONFIG_V2 = re.compile(r"Using Autoscaling Config: \n(.*?)\n(?=\n?\d{4}-\d\d-\d\d )", re.DOTALL)
 _CONFIG_V1 = re.compile(r"StandardAutoscaler: (\{.*\})\n")
-_LAUNCH = re.compile(r"(Launched|Failed to launch) \d+ nodes of type (\S+?)[.:](?: (.*))?$", re.MULTILINE)
+_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+_LAUNCH = re.compile(rf"^({_TIME})?.*(Launched|Failed to launch) \d+ nodes of type (\S+?)[.:](?: (.*))?$", re.MULTILINE)
+_NOW = re.compile(rf"Autoscaler status: ({_TIME})")
 _STARTING = re.compile(r"^ (?:(\S+), (\d+) launching|\S+: (\S+),.*)$")
 _COUNTED = re.compile(r"^\s*AutoscalerStateService.grpc_server.ReportAutoscalingState - (\d+) total", re.MULTILINE)
 _SECTION = "Main service Event stats:"
+_FRESH = timedelta(seconds=60)
+"""Ray asks a cloud again within seconds while somebody waits, so a refusal that is older was of another's wish."""
 
 
 def groups(log: str) -> dict[str, NodeGroup] | None:
@@ -40,12 +45,17 @@ def groups(log: str) -> dict[str, NodeGroup] | None:
     }
 
 
-def failed(log: str) -> dict[str, str]:
-    """Why the last launch of a group failed, from the end of the log; a later launch that succeeds takes it away."""
+def failed(log: str, status: str) -> dict[str, str]:
+    """Why the last launch of a group failed, from the end of the log; a later one that succeeds takes it away.
+
+    Not what failed long before the status was asked for, whose first line has the same clock's time.
+    """
     found: dict[str, str] = {}
-    for how, group, why in _LAUNCH.findall(log):
+    now = _NOW.search(status)
+    for at, how, group, why in _LAUNCH.findall(log):
         found.pop(group, None)
-        if how != "Launched":
+        is_old = now and at and datetime.fromisoformat(now[1]) - datetime.fromisoformat(at) > _FRESH
+        if how != "Launched" and not is_old:
             found[group] = why
     return found
 

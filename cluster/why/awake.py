@@ -2,7 +2,18 @@
 
 from cluster.why import room
 from cluster.why.ended import current
-from cluster.why.facts import OVER, Facts, Job, Work
+from cluster.why.facts import (
+    ACTORS,
+    JOBS,
+    NODES,
+    OVER,
+    PLACEMENT_GROUPS,
+    TASKS,
+    Application,
+    Facts,
+    Job,
+    Work,
+)
 from cluster.why.finding import Cause, Finding
 
 _RAYS_OWN = ("JobSupervisor", "ServeController", "ProxyActor", "TrainController", "_StatsActor", "Queue")
@@ -39,8 +50,8 @@ def adapter(facts: Facts) -> Finding | None:
 
 
 def pinned(facts: Facts) -> Finding | None:
-    """Last: nothing waits and nothing fails, but a node that does nothing is paid for."""
-    groups = facts.autoscaler.groups if facts.autoscaler else {}
+    """Late: nothing waits and nothing fails, but a node that does nothing is paid for."""
+    groups = facts.autoscaler.groups if facts.autoscaler and room.knows_works(facts) else {}
     used = {node for node, resources in room.holdings(facts) if resources}
     for node in facts.nodes:
         if node.is_head or node.id in used or node.group not in groups:
@@ -59,19 +70,28 @@ def pinned(facts: Facts) -> Finding | None:
     return None
 
 
+def unread(facts: Facts) -> Finding | None:
+    """Last: nothing is known to be wrong, but too little is known to call it well."""
+    lists = [each for each in facts.unread if each in (JOBS, ACTORS, TASKS, PLACEMENT_GROUPS, NODES)]
+    if not lists:
+        return None
+    fix = "ask again; if it stays, see dashboard.log and gcs_server.out on the head, which may be short of memory"
+    return Finding(Cause.SILENT, f"the dashboard answers, but does not list: {', '.join(lists)}", fix)
+
+
 def nothing(facts: Facts) -> Finding:
     """What is being done, as precisely as is known."""
     coming = facts.autoscaler.starting if facts.autoscaler else {}
     wants = [*room.waiting(facts), *room.placed_soon(facts)]
     said = []
     if facts.run:
-        step = f" at step {facts.run.step}" if facts.run.step is not None else ""
-        said.append(f"run {facts.run.id} is {facts.run.state}{step}: {facts.run.told}")
+        said.append(f"run {facts.run.id} {facts.run}")
     if any(coming.values()):
         said.append(f"nodes are starting: {', '.join(f'{count} of {group}' for group, count in coming.items())}")
     if wants:
         said.append(f"{wants[0]}, and shall have it in a moment")
     said += [f"job {job.id} is {job.status.lower()}{_says(job)}" for job in current(facts) if job.status not in OVER]
+    said += [f"application {each.name} is {_serves(each)}" for each in facts.applications if facts.is_asked(each.name)]
     unread = f" (but this did not answer: {', '.join(facts.unread)})" if facts.unread else ""
     return Finding(Cause.NOTHING, ("; ".join(said) or "no job runs or waits") + unread)
 
@@ -82,6 +102,12 @@ def _is_room_elsewhere(works: list[Work], facts: Facts) -> bool:
     grows = any(group.most for group in facts.autoscaler.groups.values()) if facts.autoscaler else False
     others = any(node.id not in places and node.total.get("CPU") for node in facts.nodes)
     return len(places) == 1 and (grows or others)
+
+
+def _serves(application: Application) -> str:
+    asleep = ", ".join(application.asleep)
+    rests = f"; {asleep} is scaled to zero, and the next request starts a replica" if asleep else ""
+    return f"{application.status.lower()}{rests}"
 
 
 def _says(job: Job) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.queue import Ticket, fits
-from cluster.why.facts import WAITS, Facts, Labels, NodeGroup, PlacementGroup, Resources
+from cluster.why.facts import ACTORS, TASKS, WAITS, Facts, Labels, NodeGroup, PlacementGroup, Resources
 
 _DETECTED = ("memory", "object_store_memory")
 """What a node finds out itself. On premises a group states nothing at all."""
@@ -124,6 +124,11 @@ def fits_at_most(wanted: Wanted, facts: Facts) -> bool:
     return _all_fit(wanted.bundles, [*others, *more])
 
 
+def knows_works(facts: Facts) -> bool:
+    """Whether all actors and tasks are known: without, nothing can be said to hold nothing."""
+    return not {ACTORS, TASKS} & set(facts.unread)
+
+
 def unused(facts: Facts) -> list[PlacementGroup]:
     """Placement groups that hold resources and in which nothing runs or waits to."""
     inside = {work.group for work in facts.works if work.waits or work.lives}
@@ -144,7 +149,7 @@ def fits_without(wanted: Wanted, groups: Sequence[PlacementGroup], facts: Facts)
 def _waiting(facts: Facts) -> Iterator[Wanted]:
     for group in facts.groups:
         if group.state in WAITS and facts.is_asked(group.ray_id):
-            yield Wanted(f"placement group {group.name or group.id[:8]}", group.bundles)
+            yield Wanted(f"placement group {group.name or group.id[:8]}", group.bundles, group.selector)
     for work in facts.works:
         if work.waits and not work.group and facts.is_asked(work.ray_id):
             yield Wanted(f"{work.kind} {work.name}", (work.resources,), work.selector)

@@ -1,10 +1,11 @@
 """Rules about what waits for a place. That which no waiting and no money will mend comes first."""
 
+import shlex
 from collections.abc import Mapping
 
 from cluster.why import room
 from cluster.why.ended import last
-from cluster.why.facts import GROUPS_UNREAD, Facts, NodeGroup
+from cluster.why.facts import GROUPS_UNREAD, Facts, NodeGroup, PlacementGroup
 from cluster.why.finding import Cause, Finding
 from cluster.why.room import Wanted, amounts
 
@@ -42,17 +43,15 @@ def autoscaler(facts: Facts) -> Finding | None:
 
 def held(facts: Facts) -> Finding | None:
     """Before capacity and caps, because what is held for nobody can be had at once and for nothing."""
-    unused = room.unused(facts)
+    unused = room.unused(facts) if room.knows_works(facts) else []
     for wanted in room.waiting(facts) if unused else ():
         if not _may_grow(wanted, facts) and room.fits_without(wanted, unused, facts):
             group = unused[0]
-            # By its id: a name is known only in the namespace of the job that gave it.
-            of_id = f'ray.util.placement_group.PlacementGroup(ray.PlacementGroupID(bytes.fromhex("{group.id}")))'
             return Finding(
                 Cause.HELD,
                 f"{wanted}; placement group {group.name or group.id} of job {facts.job_name(group.ray_id)} holds "
                 f"{Wanted('', group.bundles).much}, and nothing runs in it",
-                f"`ray.util.remove_placement_group({of_id})` in a job, if nobody needs it",
+                f"if nobody needs it, `{_removal(group)}`",
             )
     return None
 
@@ -92,6 +91,15 @@ def cap(facts: Facts) -> Finding | None:
         fix = "wait until one of those jobs ends, end one, or raise max_workers of a group"
         return Finding(Cause.CAP, f"{wanted}; {nodes}; in use by {users}", fix)
     return None
+
+
+def _removal(group: PlacementGroup) -> str:
+    """A command that removes it. By its id: a name is known only in the namespace of the job that gave it."""
+    program = (
+        "import ray; from ray.util.placement_group import PlacementGroup; ray.init(); "
+        f'ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex("{group.id}")))'
+    )
+    return shlex.join(["ray", "job", "submit", "--", "python", "-c", program])
 
 
 def _groups(facts: Facts) -> Mapping[str, NodeGroup]:

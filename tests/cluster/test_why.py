@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from cluster.errors import ClusterSilent, PlanError, TokenRefused, VersionMismatch
 from cluster.why import autoscaler, explain, room
 from cluster.why.facts import (
+    ACTORS,
     GROUPS_UNREAD,
+    TASKS,
     Application,
     Autoscaler,
     Facts,
@@ -49,6 +51,10 @@ SEEDED = {
     "replica": (Facts(applications=(Application("app", "DEPLOYING", reason="ModelError: gone"),)), Cause.REPLICA),
     "too large": (replace(EMPTY, works=(replace(WAITING, resources={"CPU": 2}),)), Cause.INFEASIBLE),
     "of another kind": (replace(EMPTY, works=(replace(WAITING, resources={"CPU": 1, "GPU": 1}),)), Cause.INFEASIBLE),
+    "workers of no label": (
+        replace(EMPTY, works=(), groups=(PlacementGroup("pg", "PENDING", "", "01", ({"CPU": 1},), (), {"x": "y"}),)),
+        Cause.INFEASIBLE,
+    ),
     "of no label": (
         replace(EMPTY, works=(replace(WAITING, selector={"market": "!in(a, b)", "x": "y"}),)),
         Cause.INFEASIBLE,
@@ -102,6 +108,8 @@ SEEDED = {
     ),
     "placed in a moment": (replace(FULL, works=(WAITING,)), Cause.NOTHING),
     "nothing at all": (Facts(), Cause.NOTHING),
+    "too little is known": (replace(EMPTY, unread=(TASKS,)), Cause.SILENT),
+    "a log is missing": (replace(EMPTY, unread=("monitor.err",)), Cause.NOTHING),
 }
 
 
@@ -114,6 +122,7 @@ def test_each_cause_is_named(name: str) -> None:
     assert bool(finding.fix) == (cause is not Cause.NOTHING)
 
 
+FULL_DISK = replace(SECOND, disk=0.99)
 ROOTS = {
     "a shape that nothing has, before the autoscaler that is dead": (
         replace(EMPTY, works=(replace(WAITING, resources={"GPU": 1}),), autoscaler=replace(ALIVE, is_alive=False)),
@@ -135,6 +144,30 @@ ROOTS = {
     "a full disk, before the environment that could not be written to it": (
         replace(SEEDED["environment of a job"][0], nodes=(replace(HEAD, disk=0.99),)),
         Cause.DISK,
+    ),
+    "what has ended well needs no cluster": (
+        Facts(refused=ClusterSilent("no answer"), run=Run("x", "succeeded", "done")),
+        Cause.NOTHING,
+    ),
+    "a full disk is none of a job that runs elsewhere": (
+        replace(FULL, asked=frozenset(["other", "02"]), works=IN_USE[:1], nodes=(HEAD, FIRST, FULL_DISK)),
+        Cause.NOTHING,
+    ),
+    "a full disk where a job runs": (
+        replace(FULL, asked=frozenset(["other", "02"]), works=IN_USE[1:], nodes=(HEAD, FIRST, FULL_DISK)),
+        Cause.DISK,
+    ),
+    "a full disk where a job may get its place": (
+        replace(FULL, asked=frozenset(["train", "01"]), works=(WAITING,), nodes=(HEAD, FULL_DISK)),
+        Cause.DISK,
+    ),
+    "what runs is not known, so that nothing is held for nobody": (
+        replace(SEEDED["held"][0], unread=(ACTORS,)),
+        Cause.CAP,
+    ),
+    "nor is a node pinned by an object": (
+        replace(SEEDED["pinned by an object"][0], unread=(TASKS,)),
+        Cause.SILENT,
     ),
     "another's trouble is none of a job that runs": (
         replace(FULL, asked=frozenset(["other", "02"])),
@@ -227,7 +260,7 @@ available_node_types:
 head_node_type: ray.head.default
 max_workers: 3
 
-2026-11-26 01:41:17,339	INFO node_provider.py:53 -- more
+2026-11-26 01:41:17,339 INFO 53 -- more
 """
 
 
@@ -235,11 +268,14 @@ def test_the_autoscalers_log_is_read() -> None:
     assert autoscaler.groups(CONFIG) == {"spot": NodeGroup({"CPU": 1.0}, 3, {"market": "spot"})}
     assert autoscaler.groups("2026-11-26 01:41:17,338	INFO monitor.py:94 -- session_name: x\n") is None
     tail = (
-        "… Failed to launch 2 nodes of type spot: no capacity for spot in zone 1.\n"
-        "… Failed to launch 1 nodes of type on-demand: quota\n"
-        "… Launched 2 nodes of type on-demand.\n"
+        "2026-11-26 01:42:00,338 INFO 492 -- Failed to launch 1 nodes of type old: quota\n"
+        "2026-11-26 01:43:50,338 INFO 492 -- Failed to launch 2 nodes of type spot: none in zone 1.\n"
+        "2026-11-26 01:43:50,339 INFO 492 -- Failed to launch 1 nodes of type on-demand: quota\n"
+        "2026-11-26 01:43:55,339 INFO 489 -- Launched 2 nodes of type on-demand.\n"
     )
-    assert autoscaler.failed(tail) == {"spot": "no capacity for spot in zone 1."}
+    status = "======== Autoscaler status: 2026-11-26 01:44:00.123456 ========\nNode status\n"
+    assert autoscaler.failed(tail, status) == {"spot": "none in zone 1."}
+    assert autoscaler.failed(tail, "") == {"old": "quota", "spot": "none in zone 1."}  # without a clock all is new
 
 
 def test_an_autoscaler_that_no_longer_reports_is_dead() -> None:
