@@ -1,4 +1,8 @@
-"""Twelve faults, made on real clusters, each named by `luthier why` as a person at a laptop would call it."""
+"""Twelve faults, made on real clusters, each named by `luthier why` as a person at a laptop would call it.
+
+Each test stands alone, whatever ran before it on the cluster. The first ones guard every commit, in an order in which
+they need not wait for nodes to go.
+"""
 
 import json
 import os
@@ -36,8 +40,6 @@ from tests.e2e.why import (
     until,
 )
 
-pytestmark = pytest.mark.long
-
 
 @pytest.fixture(scope="module")
 def cluster(cache: Path) -> Iterator[LocalCluster]:
@@ -50,8 +52,8 @@ def jobs(cluster: LocalCluster) -> Iterator[Jobs]:
     """The jobs of one test, ended with it, and capacity for all. Nodes may stay for the next one."""
     jobs = Jobs(cluster)
     yield jobs
-    cluster.sell_out()
     jobs.end()
+    cluster.sell_out()
 
 
 @pytest.fixture
@@ -70,6 +72,13 @@ def test_an_empty_cluster_has_nothing_wrong(cluster: LocalCluster) -> None:
     (head,) = facts.nodes
     assert 0 < head.disk < 1
     assert explain(facts) == Finding(Cause.NOTHING, "no job runs or waits")
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_cloud_without_capacity(cluster: LocalCluster, jobs: Jobs) -> None:
+    cluster.sell_out("big")
+    jobs.start("unlucky", "print(1)", entrypoint_num_cpus=2)
+    assert "no capacity for big" in named(cluster, Cause.CAPACITY, "unlucky").evidence
 
 
 @pytest.mark.usefixtures("empty")
@@ -93,13 +102,24 @@ def test_a_shape_that_no_node_has(cluster: LocalCluster, jobs: Jobs) -> None:
     assert "big has 2 CPU" in found.evidence
 
 
-@pytest.mark.usefixtures("empty")
-def test_a_cloud_without_capacity(cluster: LocalCluster, jobs: Jobs) -> None:
-    cluster.sell_out("small", "big")
-    jobs.start("unlucky", "print(1)", entrypoint_num_cpus=1)
-    assert "no capacity for" in named(cluster, Cause.CAPACITY, "unlucky").evidence
+def test_an_autoscaler_that_has_died(cluster: LocalCluster, jobs: Jobs) -> None:
+    """Stopped, not killed: `ray start --block` would end with it, where a head on a cloud goes on without."""
+    until(lambda: "big" not in cluster.nodes(), cluster.nodes)
+    (monitor,) = [pid for pid in ray_processes(str(cluster.folder)) if "v2/monitor.py" in command(pid)]
+    os.kill(monitor, signal.SIGSTOP)
+    try:
+        jobs.start("orphan", "print(1)", entrypoint_num_cpus=2)
+        named(cluster, Cause.AUTOSCALER, "orphan")
+        code, out, _ = said(cluster, "orphan")
+    finally:
+        os.kill(monitor, signal.SIGCONT)
+    named(cluster, Cause.NOTHING, "orphan")
+    assert code == 1
+    assert out.startswith("dead autoscaler: ")
+    assert "\nfix: restart the head" in out
 
 
+@pytest.mark.long
 def test_an_environment_that_cannot_be_made(cluster: LocalCluster, jobs: Jobs) -> None:
     task = ('@ray.remote(num_cpus=0, runtime_env={"working_dir": "file:///nowhere/x.zip"})', "def work(): pass")
     jobs.start("astray", program(*task, "ray.get(work.remote())"))
@@ -108,11 +128,13 @@ def test_an_environment_that_cannot_be_made(cluster: LocalCluster, jobs: Jobs) -
     assert "Conda" in named(cluster, Cause.ENVIRONMENT, "wrong").evidence
 
 
+@pytest.mark.long
 def test_workers_that_ask_for_nothing(cluster: LocalCluster, jobs: Jobs) -> None:
     jobs.start("modesty", program("@ray.remote(num_cpus=0)", *ACTOR, "ray.get(Worker.remote().work.remote())"))
     assert "Worker" in named(cluster, Cause.FORGOTTEN, "modesty").evidence
 
 
+@pytest.mark.long
 def test_more_nodes_than_there_may_be_and_beside_them_a_job_that_runs(cluster: LocalCluster, jobs: Jobs) -> None:
     workers = ("workers = [Worker.remote() for _ in range(6)]", "ray.get([each.work.remote() for each in workers])")
     jobs.start("many", program("@ray.remote(num_cpus=1)", *ACTOR, *workers))
@@ -127,6 +149,7 @@ def test_more_nodes_than_there_may_be_and_beside_them_a_job_that_runs(cluster: L
     )
 
 
+@pytest.mark.long
 def test_a_placement_group_that_is_held_for_nobody(cluster: LocalCluster, jobs: Jobs) -> None:
     hold = 'ray.get(ray.util.placement_group([{"CPU": 2}], name="kept", lifetime="detached").ready())'
     jobs.start("holder", program(hold))
@@ -138,11 +161,13 @@ def test_a_placement_group_that_is_held_for_nobody(cluster: LocalCluster, jobs: 
     jobs.wait("waiter")
 
 
+@pytest.mark.long
 def test_a_node_that_an_idle_actor_keeps(cluster: LocalCluster, jobs: Jobs) -> None:
     jobs.start("idler", program("@ray.remote", *ACTOR, "worker = Worker.remote()", WAIT))  # 1 CPU to begin, then none
     assert "Worker of job idler" in named(cluster, Cause.PINNED).evidence
 
 
+@pytest.mark.long
 def test_a_node_that_an_object_keeps(cluster: LocalCluster, jobs: Jobs) -> None:
     made = ("@ray.remote(num_cpus=1)", "def made(): return bytes(10**7)", "kept = made.remote()", "ray.wait([kept])")
     jobs.start("keeper", program(*made, WAIT))
@@ -171,12 +196,14 @@ def full_node(cluster: LocalCluster) -> Iterator[str]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("empty")
 def test_a_disk_that_is_full(cluster: LocalCluster, full_node: str) -> None:
     found = named(cluster, Cause.DISK)
     assert f"the disk of node {full_node[:8]} is 9" in found.evidence
 
 
+@pytest.mark.long
 def test_a_replica_that_cannot_start_and_an_adapter_that_is_missing(
     cluster: LocalCluster, tiny_models: TinyModels, tmp_path: Path
 ) -> None:
@@ -200,6 +227,7 @@ def test_a_replica_that_cannot_start_and_an_adapter_that_is_missing(
         start(cluster, "serving", "shutdown", "--address", cluster.address).communicate(timeout=DEADLINE_S)
 
 
+@pytest.mark.long
 def test_another_token_another_ray_and_no_cluster(
     cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,26 +242,11 @@ def test_another_token_another_ray_and_no_cluster(
     assert named(cluster, Cause.VERSION)
 
 
+@pytest.mark.long
 def test_an_unknown_run_is_bad_input(cluster: LocalCluster) -> None:
     code, out, err = said(cluster, "nonesuch")
     assert (code, out) == (2, "")
     assert "'nonesuch'" in err
-
-
-@pytest.mark.usefixtures("empty")
-def test_an_autoscaler_that_has_died(cluster: LocalCluster, jobs: Jobs) -> None:
-    """Stopped, not killed: `ray start --block` would end with it, where a head on a cloud goes on without."""
-    (monitor,) = [pid for pid in ray_processes(str(cluster.folder)) if "v2/monitor.py" in command(pid)]
-    os.kill(monitor, signal.SIGSTOP)
-    try:
-        jobs.start("orphan", "print(1)", entrypoint_num_cpus=1)
-        named(cluster, Cause.AUTOSCALER, "orphan")
-        code, out, _ = said(cluster, "orphan")
-    finally:
-        os.kill(monitor, signal.SIGCONT)
-    assert code == 1
-    assert out.startswith("dead autoscaler: ")
-    assert "\nfix: restart the head" in out
 
 
 def command(pid: int) -> str:
