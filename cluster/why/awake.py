@@ -9,6 +9,7 @@ from cluster.why.facts import (
     OVER,
     PLACEMENT_GROUPS,
     TASKS,
+    WAITS,
     Application,
     Facts,
     Job,
@@ -23,10 +24,11 @@ _RAYS_OWN = ("JobSupervisor", "ServeController", "ProxyActor", "TrainController"
 def forgotten(facts: Facts) -> Finding | None:
     """It runs and holds nothing: Ray neither spreads nor grows for what nobody asks for."""
     for job in current(facts):
-        works = [work for work in facts.works if work.lives and work.ray_id and work.ray_id == job.ray_id]
-        ours = [work for work in works if work.is_busy and work.name not in _RAYS_OWN]
-        holds = any(work.resources or work.group for work in works)
-        if job.status == "RUNNING" and ours and not holds and _is_room_elsewhere(ours, facts):
+        works = [work for work in facts.works if work.ray_id and work.ray_id == job.ray_id]
+        ours = [work for work in works if work.lives and work.is_busy and work.name not in _RAYS_OWN]
+        asks = any((work.lives or work.waits) and (work.resources or work.group) for work in works)
+        asks |= any(group.ray_id == job.ray_id and group.state in WAITS for group in facts.groups)
+        if job.status == "RUNNING" and ours and not asks and _is_room_elsewhere(ours, facts):
             names = ", ".join(sorted({f"{work.kind} {work.name}" for work in ours}))
             return Finding(
                 Cause.FORGOTTEN,
