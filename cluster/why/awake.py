@@ -8,6 +8,7 @@ from cluster.why.facts import (
     NODES,
     OVER,
     PLACEMENT_GROUPS,
+    SUPERVISOR,
     TASKS,
     WAITS,
     Application,
@@ -17,7 +18,7 @@ from cluster.why.facts import (
 )
 from cluster.why.finding import Cause, Finding
 
-_RAYS_OWN = ("JobSupervisor", "ServeController", "ProxyActor", "TrainController", "_StatsActor", "Queue")
+_RAYS_OWN = (SUPERVISOR, "ServeController", "ProxyActor", "TrainController", "_StatsActor", "Queue")
 """Actors that hold nothing on purpose: Ray's own, and our queue."""
 
 
@@ -29,7 +30,7 @@ def forgotten(facts: Facts) -> Finding | None:
         asks = any((work.lives or work.waits) and (work.resources or work.group) for work in works)
         asks |= any(group.ray_id == job.ray_id and group.state in WAITS for group in facts.groups)
         if job.status == "RUNNING" and ours and not asks and _is_room_elsewhere(ours, facts):
-            names = ", ".join(sorted({f"{work.kind} {work.name}" for work in ours}))
+            names = ", ".join(sorted({f"{work}" for work in ours}))
             return Finding(
                 Cause.FORGOTTEN,
                 f"{len(ours)} of job {job.id} ({names}) compute, hold no CPU and no GPU, and share one node: the "
@@ -61,7 +62,7 @@ def pinned(facts: Facts) -> Finding | None:
         there = [work for work in facts.works if work.node == node.id and work.lives and facts.is_asked(work.ray_id)]
         if there:
             work = there[0]
-            by = f"{work.kind} {work.name} of job {facts.job_name(work.ray_id)} lives there, idle and holding nothing"
+            by = f"{work} of job {facts.job_name(work.ray_id)} lives there, idle and holding nothing"
             fix = 'end it, or keep it on the head: resources={"node:__internal_head__": 0.001}'
         elif node.pinned_bytes and facts.asked is None:
             by = f"{node.pinned_bytes / 2**20:.1f} MiB of objects lie there that somebody still refers to"

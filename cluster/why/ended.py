@@ -46,9 +46,7 @@ def disk(facts: Facts) -> Finding | None:
     jobs = current(facts)
     for work in facts.works:
         if work.death.startswith("OUT_OF_DISK") and any(work.ray_id == job.ray_id for job in jobs):
-            return Finding(
-                Cause.DISK, f"{work.kind} {work.name} has failed: {last(work.death)}", "free space on its node"
-            )
+            return Finding(Cause.DISK, f"{work} has failed: {last(work.death)}", "free space on its node")
     for job in jobs:
         if "No space left on device" in job.message + job.last_line:
             evidence = f"job {job.id}: {last(job.last_line or job.message)}"
@@ -67,7 +65,7 @@ def environment(facts: Facts) -> Finding | None:
     for work in facts.works:
         if work.ray_id in ids and "runtime_env" in work.death.lower().replace(" ", "_"):
             error = error_in(work.death).splitlines()[0]
-            evidence = f"{work.kind} {work.name} cannot set up its environment: {error}"
+            evidence = f"{work} cannot set up its environment: {error}"
             return Finding(Cause.ENVIRONMENT, evidence, fix)
     return None
 

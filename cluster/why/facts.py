@@ -25,6 +25,9 @@ GROUPS_UNREAD = "the autoscaler's config"
 JOBS, ACTORS, TASKS, PLACEMENT_GROUPS, NODES = "jobs", "actors", "tasks", "placement groups", "nodes"
 """In `Facts.unread` when the list of these did not come: without any one of them nothing can be called well."""
 
+SUPERVISOR = "JobSupervisor"
+"""The class of Ray's actor that starts a job's driver, and asks for what the driver asks for."""
+
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 """Ray's states of a job that has ended."""
 
@@ -67,6 +70,10 @@ class Work:
     selector: Labels = field(default_factory=dict)
     is_busy: bool = False
     death: str = ""
+
+    def __str__(self) -> str:
+        """What a person knows it as."""
+        return f"the driver of job {self.ray_id}" if self.name == SUPERVISOR else f"{self.kind} {self.name}"
 
     @property
     def waits(self) -> bool:

@@ -152,7 +152,7 @@ def _waiting(facts: Facts) -> Iterator[Wanted]:
             yield Wanted(f"placement group {group.name or group.id[:8]}", group.bundles, group.selector)
     for work in facts.works:
         if work.waits and not work.group and facts.is_asked(work.ray_id):
-            yield Wanted(f"{work.kind} {work.name}", (work.resources,), work.selector)
+            yield Wanted(str(work), (work.resources,), work.selector)
 
 
 def _offered(group: NodeGroup, names: Iterable[str]) -> dict[str, float]:

@@ -202,6 +202,11 @@ def test_the_root_is_named_where_several_things_are_wrong(name: str) -> None:
     assert explain(facts).cause is cause
 
 
+def test_a_driver_that_waits_is_called_one() -> None:
+    driver = replace(WAITING, name="JobSupervisor", ray_id="train", resources={"CPU": 9})
+    assert explain(replace(EMPTY, works=(driver,))).evidence.startswith("the driver of job train asks for 9 CPU, ")
+
+
 NAMES = st.sampled_from(["", "a", "b", "01", "!x", "in(a,b)", "\n"])
 AMOUNTS = st.dictionaries(st.sampled_from(["CPU", "GPU", "memory", "node:a"]), st.sampled_from([0.0, 0.5, 1.0, 8.0]))
 LABELS = st.dictionaries(NAMES, NAMES)
