@@ -30,7 +30,7 @@ def forgotten(facts: Facts) -> Finding | None:
         asks = any((work.lives or work.waits) and (work.resources or work.group) for work in works)
         asks |= any(group.ray_id == job.ray_id and group.state in WAITS for group in facts.groups)
         if job.status == "RUNNING" and ours and not asks and _is_room_elsewhere(ours, facts):
-            names = ", ".join(sorted({f"{work}" for work in ours}))
+            names = ", ".join(sorted({str(work) for work in ours}))
             return Finding(
                 Cause.FORGOTTEN,
                 f"{len(ours)} of job {job.id} ({names}) compute, hold no CPU and no GPU, and share one node: the "
