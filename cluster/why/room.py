@@ -93,9 +93,9 @@ def able(wanted: Wanted, groups: Mapping[str, NodeGroup]) -> list[str]:
 
 
 def counts(facts: Facts) -> dict[str, int]:
-    """Nodes of each group: those that are there and those that have been asked for."""
+    """Nodes of each group: those that are there and those that have been asked for, and not refused."""
     scaler = facts.autoscaler
-    found = dict(scaler.starting) if scaler else {}
+    found = {group: many for group, many in scaler.starting.items() if group not in scaler.failed} if scaler else {}
     for node in facts.nodes:
         if not node.is_head:
             found[node.group] = found.get(node.group, 0) + 1

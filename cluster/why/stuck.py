@@ -59,11 +59,13 @@ def held(facts: Facts) -> Finding | None:
 def capacity(facts: Facts) -> Finding | None:
     """The cluster could grow, has tried to, and the cloud has refused.
 
-    Another group that would do is no comfort before its nodes are coming: Ray asks for the refused one again and again.
+    Another group that would do is no comfort while Ray asks for the refused one again, which it does without end.
     """
+    starting = facts.autoscaler.starting if facts.autoscaler else {}
     for wanted in room.waiting(facts):
         sold_out = _sold_out(wanted, facts)
-        if sold_out and not _is_coming(wanted, facts):
+        is_asked_again = any(starting.get(group) for group in sold_out)
+        if sold_out and not _is_coming(wanted, facts) and (is_asked_again or not _may_grow(wanted, facts)):
             why = next(iter(sold_out.values()))
             return Finding(
                 Cause.CAPACITY,

@@ -100,6 +100,14 @@ SEEDED = {
         Cause.NOTHING,
     ),
     "coming": (replace(EMPTY, autoscaler=replace(ALIVE, starting={"small": 1})), Cause.NOTHING),
+    "sold out, and asked for again, as many as there may be": (
+        replace(EMPTY, autoscaler=replace(ALIVE, starting={"small": 2}, failed={"small": "no capacity"})),
+        Cause.CAPACITY,
+    ),
+    "one group has refused another job, and the other has yet to be asked": (
+        replace(EMPTY, autoscaler=Autoscaler({**SMALL, "more": SMALL["small"]}, {}, {"small": "none"})),
+        Cause.NOTHING,
+    ),
     "sold out, and the other group is not asked": (
         replace(EMPTY, autoscaler=Autoscaler({**SMALL, "more": SMALL["small"]}, {"small": 1}, {"small": "none"})),
         Cause.CAPACITY,

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from cluster.errors import InputError
 from cluster.nodes import Group, LocalCluster
 from cluster.submit import ENDED
 from cluster.why import explain
@@ -127,15 +128,21 @@ def ended(cluster: LocalCluster, *command: str, **variables: str) -> "subprocess
 
 
 def named(cluster: LocalCluster, cause: Cause, run: str | None = None) -> Finding:
-    """Ask until it is that cause: what a fault has not yet led to cannot be seen."""
-    answers: list[Finding] = []
+    """Ask until it is that cause: what a fault has not yet led to, or what is not there yet, cannot be seen."""
+    found: Finding | None = None
+    seen: object = None
 
     def is_named() -> bool:
-        answers.append(explain(gather(cluster.dashboard_url, run, None)))
-        return answers[-1].cause is cause
+        nonlocal found, seen
+        try:
+            seen = found = explain(gather(cluster.dashboard_url, run, None))
+        except InputError as error:
+            seen = error
+        return found is not None and found.cause is cause
 
-    until(is_named, lambda: answers[-1])
-    return answers[-1]
+    until(is_named, lambda: seen)
+    assert found
+    return found
 
 
 def until(condition: Callable[[], bool], told: Callable[[], object]) -> None:
