@@ -84,15 +84,16 @@ def unread(facts: Facts) -> Finding | None:
 
 def nothing(facts: Facts) -> Finding:
     """What is being done, as precisely as is known."""
-    coming = facts.autoscaler.starting if facts.autoscaler else {}
     wants = [*room.waiting(facts), *room.placed_soon(facts)]
+    coming = facts.autoscaler.starting if facts.autoscaler and (wants or facts.asked is None) else {}
     said = []
     if facts.run:
         said.append(f"run {facts.run.id} {facts.run}")
     if any(coming.values()):
         said.append(f"nodes are starting: {', '.join(f'{count} of {group}' for group, count in coming.items())}")
     if wants:
-        said.append(f"{wants[0]}, and shall have it in a moment")
+        asks = any(any(bundle.values()) for bundle in wants[0].bundles)
+        said.append(f"{wants[0]}, and shall have it in a moment" if asks else f"{wants[0].what} is starting")
     said += [f"job {job.id} is {job.status.lower()}{_says(job)}" for job in current(facts) if job.status not in OVER]
     said += [f"application {each.name} is {_serves(each)}" for each in facts.applications if facts.is_asked(each.name)]
     unread = f" (but this did not answer: {', '.join(facts.unread)})" if facts.unread else ""

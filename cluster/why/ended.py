@@ -77,7 +77,9 @@ def failed(facts: Facts) -> Finding | None:
     for job in current(facts)[:1] if facts.asked is not None else ():
         if job.status == "FAILED":
             said = f"; it said last: {job.last_line}" if job.last_line else ""
-            return Finding(Cause.FAILED, f"job {job.id}: {last(job.message)}{said}", f"see `ray job logs {job.id}`")
+            # Its message ends with its log, and begins with how its process ended.
+            how = job.message.strip().partition("\n")[0].partition(", last available logs")[0]
+            return Finding(Cause.FAILED, f"job {job.id}: {how}{said}", f"see `ray job logs {job.id}`")
     return None
 
 

@@ -5,6 +5,7 @@ at most.
 """
 
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +54,7 @@ _ROUTES = {
 _SUPERVISOR = "_ray_internal_job_actor_"
 _REPLICA_CLASS = "ServeReplica:"  # application:deployment
 _REPLICA_NAME = "SERVE_REPLICA::"  # application#deployment#id, of its placement group too
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _GROUP_LABEL = "ray.io/node-group"
 _TAIL_LINES = 1000
 _GCS_LINES = 3000
@@ -333,7 +335,7 @@ def _log(job: Job, reader: _Reader) -> str:
 
 
 def _with_end(job: Job, log: str) -> Job:
-    return replace(job, last_line=last(log))
+    return replace(job, last_line=last(_COLOUR.sub("", log)))
 
 
 def _run(store: Store, run: str) -> Run | None:

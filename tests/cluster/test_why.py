@@ -210,9 +210,18 @@ def test_the_root_is_named_where_several_things_are_wrong(name: str) -> None:
     assert explain(facts).cause is cause
 
 
+def test_a_driver_that_was_killed_is_said_to_have_been() -> None:
+    message = "Job entrypoint command failed with exit code 137, last available logs (truncated):\nstep 3\nKilled\n"
+    job = Job("x", status="FAILED", message=message, last_line="Killed")
+    evidence = explain(Facts(asked=frozenset(["x"]), jobs=(job,))).evidence
+    assert evidence == "job x: Job entrypoint command failed with exit code 137; it said last: Killed"
+
+
 def test_a_driver_that_waits_is_called_one() -> None:
     driver = replace(WAITING, name="JobSupervisor", ray_id="train", resources={"CPU": 9})
     assert explain(replace(EMPTY, works=(driver,))).evidence.startswith("the driver of job train asks for 9 CPU, ")
+    evidence = explain(replace(EMPTY, works=(replace(driver, resources={}),))).evidence
+    assert evidence == "the driver of job train is starting; job train is running"
 
 
 NAMES = st.sampled_from(["", "a", "b", "01", "!x", "in(a,b)", "\n"])

@@ -51,7 +51,7 @@ ANSWERS: dict[str, Any] = {
     PATHS["status"]: {"data": {"clusterStatus": ""}},
     PATHS["serve"]: {},
     PATHS["log"]: "",
-    PATHS["job_log"]: {"logs": "one\ntwo\n"},
+    PATHS["job_log"]: {"logs": "one\n\x1b[36mtwo\x1b[0m\n"},
 }
 
 
