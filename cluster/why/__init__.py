@@ -9,6 +9,7 @@ ended      rules: what cannot be asked, has ended, or cannot start whatever room
 stuck      rules: what waits for a place, and why none comes
 awake      rules: what runs and does no good; and what to say when nothing is wrong
 gather     the edge: reads Facts by the dashboard's REST alone
+lists      what the dashboard's lists hold, as facts
 autoscaler what Ray's autoscaler does, read from its log and the cluster's status
 """
 

@@ -23,6 +23,8 @@ _LAUNCH = re.compile(rf"^({_TIME})?.*(Launched|Failed to launch) \d+ nodes of ty
 _NOW = re.compile(rf"Autoscaler status: ({_TIME})")
 _STARTING = re.compile(r"^ (?:(\S+), (\d+) launching|\S+: (\S+),.*)$")
 _COUNTED = re.compile(r"^\s*AutoscalerStateService.grpc_server.ReportAutoscalingState - (\d+) total", re.MULTILINE)
+_ON_ONE_NODE = re.compile(r"^ (.*) \(STRICT_PACK\): \d+\+ pending placement groups", re.MULTILINE)
+_BUNDLES = re.compile(r"(\{.*?\}) \* (\d+)")
 _SECTION = "Main service Event stats:"
 _FRESH = timedelta(seconds=60)
 """Ray asks a cloud again within seconds while somebody waits, so a refusal that is older was of another's wish."""
@@ -72,6 +74,14 @@ def starting(status: str) -> dict[str, int]:
             group, count = match[1] or match[3], int(match[2] or 1)
             found[group] = found.get(group, 0) + count
     return found
+
+
+def on_one_node(status: str) -> list[list[dict[str, float]]]:
+    """The bundles of each placement group that waits for one node to hold it whole; its list tells no strategy."""
+    return [
+        [ast.literal_eval(bundle) for bundle, count in _BUNDLES.findall(shape) for _ in range(int(count))]
+        for shape in _ON_ONE_NODE.findall(status)
+    ]
 
 
 def is_alive(gcs_log: str) -> bool | None:

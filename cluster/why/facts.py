@@ -90,7 +90,7 @@ class Work:
 class PlacementGroup:
     """Resources that are held together, or wait to be: one bundle for each place, on the node at the same index.
 
-    `selector` is what all of its bundles ask of their nodes.
+    `selector` is what all of its bundles ask of their nodes; `on_one_node` is known only while it waits.
     """
 
     id: str
@@ -100,6 +100,7 @@ class PlacementGroup:
     bundles: tuple[Resources, ...] = ()
     nodes: tuple[str, ...] = ()
     selector: Labels = field(default_factory=dict)
+    on_one_node: bool = False
 
 
 @dataclass(frozen=True)

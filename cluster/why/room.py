@@ -149,10 +149,19 @@ def fits_without(wanted: Wanted, groups: Sequence[PlacementGroup], facts: Facts)
 def _waiting(facts: Facts) -> Iterator[Wanted]:
     for group in facts.groups:
         if group.state in WAITS and facts.is_asked(group.ray_id):
-            yield Wanted(f"placement group {group.name or group.id[:8]}", group.bundles, group.selector)
+            bundles = (_sum(group.bundles),) if group.on_one_node else group.bundles
+            yield Wanted(f"placement group {group.name or group.id[:8]}", bundles, group.selector)
     for work in facts.works:
         if work.waits and not work.group and facts.is_asked(work.ray_id):
             yield Wanted(str(work), (work.resources,), work.selector)
+
+
+def _sum(bundles: Iterable[Resources]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            total[name] = total.get(name, 0.0) + amount
+    return total
 
 
 def _offered(group: NodeGroup, names: Iterable[str]) -> dict[str, float]:

@@ -55,6 +55,12 @@ SEEDED = {
         replace(EMPTY, works=(), groups=(PlacementGroup("pg", "PENDING", "", "01", ({"CPU": 1},), (), {"x": "y"}),)),
         Cause.INFEASIBLE,
     ),
+    "together too large for any node": (
+        replace(
+            EMPTY, works=(), groups=(PlacementGroup("pg", "PENDING", "", "01", ({"CPU": 1},) * 2, on_one_node=True),)
+        ),
+        Cause.INFEASIBLE,
+    ),
     "of no label": (
         replace(EMPTY, works=(replace(WAITING, selector={"market": "!in(a, b)", "x": "y"}),)),
         Cause.INFEASIBLE,

@@ -144,10 +144,25 @@ def test_an_unknown_run_is_bad_input(dashboard: Start) -> None:
         gather(dashboard(), "other", None)
 
 
+def test_a_placement_group_that_must_be_on_one_node_is_known(dashboard: Start) -> None:
+    def group(name: str, *bundles: dict[str, float]) -> dict[str, Any]:
+        parts = [{"unit_resources": bundle} for bundle in bundles]
+        return {"placement_group_id": name, "name": name, "state": "PENDING", "bundles": parts}
+
+    status = (
+        "Pending Demands:\n {'CPU': 1.0, 'GPU': 0.5} * 2, {'CPU': 2.0} * 1 (STRICT_PACK): 1+ pending placement groups\n"
+        " {'CPU': 1.0} * 2 (PACK): 1+ pending placement groups\n {'CPU': 1.0}: 3+ pending tasks/actors"
+    )
+    half = {"GPU": 0.5, "CPU": 1.0}
+    groups = rows(group("tight", {"CPU": 2.0}, half, half), group("loose", {"CPU": 1.0}, {"CPU": 1.0}))
+    url = dashboard(placement_groups=groups, status={"data": {"clusterStatus": status}})
+    assert {each.id: each.on_one_node for each in gather(url, None, None).groups} == {"tight": True, "loose": False}
+
+
 def test_a_task_that_went_well_when_it_was_tried_again_is_no_trouble(dashboard: Start) -> None:
     task = {"task_id": "t", "type": "NORMAL_TASK", "name": "work", "job_id": "01"}
     first = {**task, "attempt_number": 0, "state": "FAILED", "error_type": "RUNTIME_ENV_SETUP_FAILED"}
-    again = {**task, "attempt_number": 1, "state": "RUNNING"}
+    again = {**task, "attempt_number": 1, "state": "FINISHED"}
     assert explain(gather(dashboard(tasks=rows(first)), None, None)).cause is Cause.ENVIRONMENT
     assert explain(gather(dashboard(tasks=rows(again, first)), None, None)).cause is Cause.NOTHING
 
