@@ -8,11 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cluster import keys, records
 from cluster.errors import InputError
+from cluster.records import Heartbeat, RunEvent, RunState
+from cluster.store import open_store
 from cluster.why import explain
 from cluster.why.facts import ACTORS, JOBS, NODES
 from cluster.why.finding import Cause
@@ -157,6 +161,22 @@ def test_a_placement_group_that_must_be_on_one_node_is_known(dashboard: Start) -
     groups = rows(group("tight", {"CPU": 2.0}, half, half), group("loose", {"CPU": 1.0}, {"CPU": 1.0}))
     url = dashboard(placement_groups=groups, status={"data": {"clusterStatus": status}})
     assert {each.id: each.on_one_node for each in gather(url, None, None).groups} == {"tight": True, "loose": False}
+
+
+@pytest.mark.parametrize(
+    ("state", "driver_lives", "cause"),
+    [("running", True, Cause.NOTHING), ("running", False, Cause.LOST), ("failed", False, Cause.FAILED)],
+)
+def test_a_run_that_only_the_store_knows(
+    dashboard: Start, tmp_path: Path, state: RunState, driver_lives: bool, cause: Cause
+) -> None:
+    store = open_store(f"file://{tmp_path}")
+    told = RunEvent(at=records.now(), state=state, text="eight steps")
+    store.put(keys.event("run-1", 1), told.model_dump_json().encode())
+    if driver_lives:
+        store.put(keys.heartbeat("run-1"), Heartbeat(at=records.now(), driver="x").model_dump_json().encode())
+    found = explain(gather(dashboard(), "run-1", store))
+    assert (found.cause, "run-1" in found.evidence, "eight steps" in found.evidence) == (cause, True, True)
 
 
 def test_a_task_that_went_well_when_it_was_tried_again_is_no_trouble(dashboard: Start) -> None:
