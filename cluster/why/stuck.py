@@ -31,8 +31,10 @@ def infeasible(facts: Facts) -> Finding | None:
 def autoscaler(facts: Facts) -> Finding | None:
     """Without it no node comes, whatever the cloud has: it explains everything that waits."""
     scaler, wants = facts.autoscaler, room.waiting(facts)
-    if scaler is None or not wants or scaler.is_alive or (scaler.is_alive is None and not scaler.error):
+    if scaler is None or not wants or scaler.is_alive:
         return None
+    if scaler.is_alive is None and "Traceback" not in scaler.error:
+        return None  # too early to know, and what it has written may be a library's warning
     said = f"; its last words: {last(scaler.error)}" if scaler.error else ""
     return Finding(
         Cause.AUTOSCALER,

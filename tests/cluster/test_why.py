@@ -67,8 +67,14 @@ SEEDED = {
     ),
     "dead": (replace(EMPTY, autoscaler=replace(ALIVE, is_alive=False)), Cause.AUTOSCALER),
     "dead before it ever reported": (
-        replace(EMPTY, autoscaler=Autoscaler(SMALL, error="no module x")),
+        replace(
+            EMPTY, autoscaler=Autoscaler(SMALL, error="Traceback (most recent call last):\n  …\nImportError: no x")
+        ),
         Cause.AUTOSCALER,
+    ),
+    "warned before it ever reported": (
+        replace(EMPTY, autoscaler=Autoscaler(SMALL, error="x.py:3: DeprecationWarning: y")),
+        Cause.NOTHING,
     ),
     "held": (replace(FULL, works=(WAITING,), groups=(HELD,)), Cause.HELD),
     "sold out": (replace(EMPTY, autoscaler=replace(ALIVE, failed={"small": "no capacity"})), Cause.CAPACITY),
