@@ -29,7 +29,8 @@ from cluster import env
 from cluster.errors import ClusterSilent, PlanError, TokenRefused, VersionMismatch
 from cluster.launch.spec import MARKET
 
-_TIMEOUT_S = 10.0
+_TIMEOUT_S = 10.0  # without a word
+_READ_S = 30.0  # for all of an answer
 _AGAIN_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between looks at a cluster that does not answer
 _HEARTBEAT_S = 20.0
 
@@ -90,6 +91,8 @@ class Cluster:
         if not address.startswith(("http://", "https://")):
             raise PlanError(f"{address!r} is not a dashboard; give http://host:8265")
         self.address = address.rstrip("/")
+        # One for all, since each reads the machine's certificates; no connection is kept that a sleeping laptop loses.
+        self._http = httpx.Client(timeout=_TIMEOUT_S, limits=httpx.Limits(max_keepalive_connections=0))
         self.ray, self.python = self._who()
         if not any_version:
             _compare("Ray", self.ray, version("ray"))
@@ -174,15 +177,18 @@ class Cluster:
         return int(job.get("driver_exit_code") or 1) if job else 1
 
     def _ask(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.address}{path}", headers=headers(), timeout=_TIMEOUT_S)
+        return self._http.get(f"{self.address}{path}", headers=headers())
 
     def read(self, path: str, most_bytes: int | None = None) -> str:
         """What is there, or no more than its beginning. Raises httpx.HTTPError."""
-        with httpx.stream("GET", f"{self.address}{path}", headers=headers(), timeout=_TIMEOUT_S) as answer:
+        with self._http.stream("GET", f"{self.address}{path}", headers=headers()) as answer:
             answer.raise_for_status()
             text = bytearray()
+            until = time.monotonic() + _READ_S
             for chunk in answer.iter_bytes():
                 text += chunk
+                if time.monotonic() > until:
+                    raise httpx.ReadTimeout(f"{path} has not been read after {_READ_S:.0f} s")
                 if most_bytes and len(text) >= most_bytes:
                     break
         return text.decode(errors="replace")
@@ -218,8 +224,13 @@ class Cluster:
 
     def _who(self) -> tuple[str, str]:
         """Its Ray and its Python."""
+        data = self._tells("/api/v0/cluster_metadata")["data"]
+        return self._tells("/api/version")["ray_version"], data["pythonVersion"]
+
+    def _tells(self, path: str) -> dict[str, Any]:
+        """What Ray's dashboard answers there; whatever else answers in its place is none."""
         try:
-            answer = self._ask("/api/version")
+            answer = self._ask(path)
         except httpx.TransportError as error:
             raise ClusterSilent(
                 f"no answer from {self.address} ({error}); does the cluster run, and is its tunnel open "
@@ -230,10 +241,13 @@ class Cluster:
                 f"{self.address} refuses the token; set {env.RAY_AUTH_MODE}=token, and {env.RAY_AUTH_TOKEN_PATH} to "
                 "the file with the cluster's token"
             )
-        if not answer.is_success or "ray_version" not in answer.text:
+        try:
+            told = answer.raise_for_status().json()
+        except (httpx.HTTPStatusError, ValueError):
+            told = None
+        if not isinstance(told, dict) or not told.keys() & {"ray_version", "data"}:
             raise ClusterSilent(f"{self.address} answers {answer.status_code}, and not as Ray's dashboard does")
-        data = self._ask("/api/v0/cluster_metadata").json()["data"]
-        return answer.json()["ray_version"], data["pythonVersion"]
+        return told
 
     def _client(self) -> Any:
         from ray.job_submission import JobSubmissionClient

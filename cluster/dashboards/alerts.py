@@ -217,7 +217,8 @@ ALERTS = (
         f"{metrics.RAY_DISK_USED.exported} > 90",
         "5m",
         "warning",
-        "The disk of node {{ $labels.ip }} is {{ $value | humanize }} % full; at 95 % Ray starts nothing there.",
+        "The disk of node {{ $labels.ip }} is {{ $value | humanize }} % full; at 95 % Ray spills nothing to it, "
+        "and what is saved there fails soon after.",
         "Old Ray sessions under its temporary folder and models in LUTHIER_CACHE are what grows; both may be removed "
         "while nothing uses them.",
     ),

@@ -204,6 +204,8 @@ def _container(
         "env": [
             {"name": "RAY_USAGE_STATS_ENABLED", "value": str(int(provider.usage_stats))},
             {"name": env.LUTHIER_IMAGE, "value": provider.image},
+            # In a pod Ray tells of a disk that is always empty, and `luthier why` would never see a full one.
+            {"name": "RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE", "value": "1"},
         ],
         **({"envFrom": variables} if variables else {}),
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],  # noqa: S108

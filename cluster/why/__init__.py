@@ -9,6 +9,7 @@ ended      rules: what cannot be asked, has ended, or cannot start whatever room
 stuck      rules: what waits for a place, and why none comes
 awake      rules: what runs and does no good; and what to say when nothing is wrong
 gather     the edge: reads Facts by the dashboard's REST alone
+lists      what the dashboard's lists hold, as facts
 autoscaler what Ray's autoscaler does, read from its log and the cluster's status
 """
 
@@ -19,14 +20,14 @@ from cluster.why.facts import Facts
 from cluster.why.finding import Finding
 
 RULES: Sequence[Callable[[Facts], Finding | None]] = (
-    *(ended.refused, ended.over, ended.disk, ended.environment, ended.failed, ended.lost, ended.replica),
+    *(ended.over, ended.refused, ended.disk, ended.environment, ended.failed, ended.lost, ended.replica),
     *(stuck.infeasible, stuck.autoscaler, stuck.held, stuck.capacity, stuck.cap),
-    *(awake.forgotten, awake.adapter, awake.pinned),
+    *(awake.forgotten, awake.adapter, awake.pinned, awake.unread),
 )
 """From what explains everything to what explains one thing; the first that finds something is the answer.
 
-A cluster that cannot be asked; a job that has ended; a node that can no longer write; then why what waits has no place,
-where that which no waiting will mend comes first; then what runs and does no good.
+What has ended well; a cluster that cannot be asked; a node that can no longer write; what has ended badly; then why
+what waits has no place, where that which no waiting will mend comes first; then what runs and does no good.
 """
 
 

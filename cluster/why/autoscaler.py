@@ -9,6 +9,7 @@ that down once a minute.
 import ast
 import re
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 from typing import Any
 
 import yaml
@@ -17,10 +18,16 @@ from cluster.why.facts import NodeGroup
 
 _CONFIG_V2 = re.compile(r"Using Autoscaling Config: \n(.*?)\n(?=\n?\d{4}-\d\d-\d\d )", re.DOTALL)
 _CONFIG_V1 = re.compile(r"StandardAutoscaler: (\{.*\})\n")
-_LAUNCH = re.compile(r"(Launched|Failed to launch) \d+ nodes of type (\S+?)[.:](?: (.*))?$", re.MULTILINE)
+_TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+_LAUNCH = re.compile(rf"^({_TIME})?.*(Launched|Failed to launch) \d+ nodes of type (\S+?)[.:](?: (.*))?$", re.MULTILINE)
+_NOW = re.compile(rf"Autoscaler status: ({_TIME})")
 _STARTING = re.compile(r"^ (?:(\S+), (\d+) launching|\S+: (\S+),.*)$")
 _COUNTED = re.compile(r"^\s*AutoscalerStateService.grpc_server.ReportAutoscalingState - (\d+) total", re.MULTILINE)
+_ON_ONE_NODE = re.compile(r"^ (.*) \(STRICT_PACK\): \d+\+ pending placement groups", re.MULTILINE)
+_BUNDLES = re.compile(r"(\{.*?\}) \* (\d+)")
 _SECTION = "Main service Event stats:"
+_FRESH = timedelta(seconds=60)
+"""Ray asks a cloud again within seconds while somebody waits, so a refusal that is older was of another's wish."""
 
 
 def groups(log: str) -> dict[str, NodeGroup] | None:
@@ -40,12 +47,17 @@ def groups(log: str) -> dict[str, NodeGroup] | None:
     }
 
 
-def failed(log: str) -> dict[str, str]:
-    """Why the last launch of a group failed, from the end of the log; a later launch that succeeds takes it away."""
+def failed(log: str, status: str) -> dict[str, str]:
+    """Why the last launch of a group failed, from the end of the log; a later one that succeeds takes it away.
+
+    Not what failed long before the status was asked for, whose first line has the same clock's time.
+    """
     found: dict[str, str] = {}
-    for how, group, why in _LAUNCH.findall(log):
+    now = _NOW.search(status)
+    for at, how, group, why in _LAUNCH.findall(log):
         found.pop(group, None)
-        if how != "Launched":
+        is_old = now and at and datetime.fromisoformat(now[1]) - datetime.fromisoformat(at) > _FRESH
+        if how != "Launched" and not is_old:
             found[group] = why
     return found
 
@@ -62,6 +74,14 @@ def starting(status: str) -> dict[str, int]:
             group, count = match[1] or match[3], int(match[2] or 1)
             found[group] = found.get(group, 0) + count
     return found
+
+
+def on_one_node(status: str) -> list[list[dict[str, float]]]:
+    """The bundles of each placement group that waits for one node to hold it whole; its list tells no strategy."""
+    return [
+        [ast.literal_eval(bundle) for bundle, count in _BUNDLES.findall(shape) for _ in range(int(count))]
+        for shape in _ON_ONE_NODE.findall(status)
+    ]
 
 
 def is_alive(gcs_log: str) -> bool | None:

@@ -2,18 +2,19 @@
 
 from cluster.errors import TokenRefused, VersionMismatch
 from cluster.logs import error_in
-from cluster.why.facts import OVER, Facts, Job
+from cluster.why import room
+from cluster.why.facts import OVER, Facts, Job, Node
 from cluster.why.finding import Cause, Finding
 
 DISK_FULL = 0.95
-"""The part of a disk above which Ray puts nothing new on a node (its local_fs_capacity_threshold)."""
+"""The part of a disk above which Ray writes no object to it (its local_fs_capacity_threshold)."""
 
 
 def refused(facts: Facts) -> Finding | None:
-    """First, because nothing else can be known."""
+    """Early, because nothing else can be known, but for what the store has of a run."""
     if facts.refused is None:
         return None
-    evidence = str(facts.refused)
+    evidence = "; ".join([str(facts.refused), *([f"run {facts.run.id} {facts.run}"] if facts.run else [])])
     match facts.refused:
         case TokenRefused():
             return Finding(Cause.TOKEN, evidence, "fetch the cluster's token anew, and name its file")
@@ -23,9 +24,9 @@ def refused(facts: Facts) -> Finding | None:
 
 
 def over(facts: Facts) -> Finding | None:
-    """What has ended well waits for nothing, whatever else the cluster suffers from."""
+    """First: what has ended well waits for nothing, whatever the cluster suffers from, and whether it is there."""
     if facts.run and facts.run.state in ("succeeded", "stopped"):
-        return Finding(Cause.NOTHING, f"run {facts.run.id} has {facts.run.state}: {facts.run.told}")
+        return Finding(Cause.NOTHING, f"run {facts.run.id} {facts.run}")
     for job in current(facts)[:1] if facts.asked is not None else ():
         if job.status in ("SUCCEEDED", "STOPPED"):
             return Finding(Cause.NOTHING, f"job {job.id} has {job.status.lower()}")
@@ -33,20 +34,19 @@ def over(facts: Facts) -> Finding | None:
 
 
 def disk(facts: Facts) -> Finding | None:
-    """Before all that happens on a node: Ray puts nothing new on a full one, and whatever writes there fails."""
+    """Before all that happens on a node: Ray goes on to place work on a full one, where whatever writes fails."""
     for node in facts.nodes:
-        if node.disk >= DISK_FULL:
+        if node.disk >= DISK_FULL and _concerns(node, facts):
             return Finding(
                 Cause.DISK,
-                f"the disk of node {node} is {node.disk:.0%} full; Ray puts nothing on it above {DISK_FULL:.0%}",
+                f"the disk of node {node} is {node.disk:.0%} full; above {DISK_FULL:.0%} Ray spills no object to it, "
+                "and what is made, logged or saved there fails",
                 "free space below its temporary folder (spilled objects, old sessions), or give it a larger disk",
             )
     jobs = current(facts)
     for work in facts.works:
         if work.death.startswith("OUT_OF_DISK") and any(work.ray_id == job.ray_id for job in jobs):
-            return Finding(
-                Cause.DISK, f"{work.kind} {work.name} has failed: {last(work.death)}", "free space on its node"
-            )
+            return Finding(Cause.DISK, f"{work} has failed: {last(work.death)}", "free space on its node")
     for job in jobs:
         if "No space left on device" in job.message + job.last_line:
             evidence = f"job {job.id}: {last(job.last_line or job.message)}"
@@ -65,7 +65,7 @@ def environment(facts: Facts) -> Finding | None:
     for work in facts.works:
         if work.ray_id in ids and "runtime_env" in work.death.lower().replace(" ", "_"):
             error = error_in(work.death).splitlines()[0]
-            evidence = f"{work.kind} {work.name} cannot set up its environment: {error}"
+            evidence = f"{work} cannot set up its environment: {error}"
             return Finding(Cause.ENVIRONMENT, evidence, fix)
     return None
 
@@ -77,7 +77,9 @@ def failed(facts: Facts) -> Finding | None:
     for job in current(facts)[:1] if facts.asked is not None else ():
         if job.status == "FAILED":
             said = f"; it said last: {job.last_line}" if job.last_line else ""
-            return Finding(Cause.FAILED, f"job {job.id}: {last(job.message)}{said}", f"see `ray job logs {job.id}`")
+            # Its message ends with its log, and begins with how its process ended.
+            how = job.message.strip().partition("\n")[0].partition(", last available logs")[0]
+            return Finding(Cause.FAILED, f"job {job.id}: {how}{said}", f"see `ray job logs {job.id}`")
     return None
 
 
@@ -109,6 +111,14 @@ def current(facts: Facts) -> list[Job]:
     if facts.asked is not None:
         return [job for job in facts.jobs if facts.is_asked(job.id, job.ray_id)]
     return [job for number, job in enumerate(facts.jobs) if number == 0 or job.status not in OVER]
+
+
+def _concerns(node: Node, facts: Facts) -> bool:
+    """Whether what is asked about is or was on this node, or may get its place there; the head concerns all."""
+    if facts.asked is None or node.is_head:
+        return True
+    works = [work for work in facts.works if facts.is_asked(work.ray_id)]
+    return any(work.node == node.id for work in works) or bool(room.placed_soon(facts))
 
 
 def last(text: str) -> str:

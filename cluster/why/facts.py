@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cluster.errors import PlanError
-from cluster.records import RunState
+from cluster.records import ENDED, RunState
 
 Resources = Mapping[str, float]
 """Amounts by Ray's names: CPU, GPU, memory (bytes), …"""
@@ -21,6 +21,12 @@ WAITS = ("PENDING_CREATION", "RESTARTING", "PENDING_NODE_ASSIGNMENT", "PENDING",
 
 GROUPS_UNREAD = "the autoscaler's config"
 """In `Facts.unread` when what could come is not known."""
+
+JOBS, ACTORS, TASKS, PLACEMENT_GROUPS, NODES = "jobs", "actors", "tasks", "placement groups", "nodes"
+"""In `Facts.unread` when the list of these did not come: without any one of them nothing can be called well."""
+
+SUPERVISOR = "JobSupervisor"
+"""The class of Ray's actor that starts a job's driver, and asks for what the driver asks for."""
 
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 """Ray's states of a job that has ended."""
@@ -46,6 +52,8 @@ class Work:
     """An actor or a task (`kind`).
 
     Attributes:
+        ray_id: the Ray job that it is part of; of what waits to be a driver the submission id, of a replica its
+            application.
         state: Ray's word.
         group: the placement group that it is in.
         is_busy: whether it computes now: a task that runs, an actor of which a method does.
@@ -63,6 +71,10 @@ class Work:
     is_busy: bool = False
     death: str = ""
 
+    def __str__(self) -> str:
+        """What a person knows it as."""
+        return f"the driver of job {self.ray_id}" if self.name == SUPERVISOR else f"{self.kind} {self.name}"
+
     @property
     def waits(self) -> bool:
         """Whether it has no place yet."""
@@ -76,7 +88,10 @@ class Work:
 
 @dataclass(frozen=True)
 class PlacementGroup:
-    """Resources that are held together, or wait to be: one bundle for each place, on the node at the same index."""
+    """Resources that are held together, or wait to be: one bundle for each place, on the node at the same index.
+
+    `selector` is what all of its bundles ask of their nodes; `on_one_node` is known only while it waits.
+    """
 
     id: str
     state: str
@@ -84,6 +99,8 @@ class PlacementGroup:
     ray_id: str = ""
     bundles: tuple[Resources, ...] = ()
     nodes: tuple[str, ...] = ()
+    selector: Labels = field(default_factory=dict)
+    on_one_node: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +109,7 @@ class Node:
 
     Attributes:
         group: the kind of node that the autoscaler knows it as.
-        disk: the part of its fullest disk that is used, 0 to 1.
+        disk: the part that is used of the disk with its temporary folder, 0 to 1.
         pinned_bytes: what its object store holds because somebody still refers to it.
     """
 
@@ -142,13 +159,15 @@ class Application:
 
     Attributes:
         status: Serve's word.
-        reason: what stopped a replica from starting, at its end the error; empty when nothing did.
+        reason: what stopped it, or one of its replicas, at its end the error; empty when nothing did.
+        asleep: its deployments that have been scaled to zero.
         missing: why a pinned adapter is not there, by its name.
     """
 
     name: str
     status: str
     reason: str = ""
+    asleep: tuple[str, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -160,6 +179,11 @@ class Run:
     state: RunState
     told: str = ""
     step: int | None = None
+
+    def __str__(self) -> str:
+        """Is running at step 3: the last that was told."""
+        at = f" at step {self.step}" if self.step is not None else ""
+        return f"{'has' if self.state in ENDED else 'is'} {self.state}{at}: {self.told}"
 
 
 @dataclass(frozen=True)

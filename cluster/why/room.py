@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.queue import Ticket, fits
-from cluster.why.facts import WAITS, Facts, Labels, NodeGroup, PlacementGroup, Resources
+from cluster.why.facts import ACTORS, TASKS, WAITS, Facts, Labels, NodeGroup, PlacementGroup, Resources
 
 _DETECTED = ("memory", "object_store_memory")
 """What a node finds out itself. On premises a group states nothing at all."""
@@ -93,9 +93,9 @@ def able(wanted: Wanted, groups: Mapping[str, NodeGroup]) -> list[str]:
 
 
 def counts(facts: Facts) -> dict[str, int]:
-    """Nodes of each group: those that are there and those that have been asked for."""
+    """Nodes of each group: those that are there and those that have been asked for, and not refused."""
     scaler = facts.autoscaler
-    found = dict(scaler.starting) if scaler else {}
+    found = {group: many for group, many in scaler.starting.items() if group not in scaler.failed} if scaler else {}
     for node in facts.nodes:
         if not node.is_head:
             found[node.group] = found.get(node.group, 0) + 1
@@ -124,6 +124,11 @@ def fits_at_most(wanted: Wanted, facts: Facts) -> bool:
     return _all_fit(wanted.bundles, [*others, *more])
 
 
+def knows_works(facts: Facts) -> bool:
+    """Whether all actors and tasks are known: without, nothing can be said to hold nothing."""
+    return not {ACTORS, TASKS} & set(facts.unread)
+
+
 def unused(facts: Facts) -> list[PlacementGroup]:
     """Placement groups that hold resources and in which nothing runs or waits to."""
     inside = {work.group for work in facts.works if work.waits or work.lives}
@@ -144,10 +149,19 @@ def fits_without(wanted: Wanted, groups: Sequence[PlacementGroup], facts: Facts)
 def _waiting(facts: Facts) -> Iterator[Wanted]:
     for group in facts.groups:
         if group.state in WAITS and facts.is_asked(group.ray_id):
-            yield Wanted(f"placement group {group.name or group.id[:8]}", group.bundles)
+            bundles = (_sum(group.bundles),) if group.on_one_node else group.bundles
+            yield Wanted(f"placement group {group.name or group.id[:8]}", bundles, group.selector)
     for work in facts.works:
         if work.waits and not work.group and facts.is_asked(work.ray_id):
-            yield Wanted(f"{work.kind} {work.name}", (work.resources,), work.selector)
+            yield Wanted(str(work), (work.resources,), work.selector)
+
+
+def _sum(bundles: Iterable[Resources]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            total[name] = total.get(name, 0.0) + amount
+    return total
 
 
 def _offered(group: NodeGroup, names: Iterable[str]) -> dict[str, float]:

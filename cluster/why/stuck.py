@@ -1,10 +1,11 @@
 """Rules about what waits for a place. That which no waiting and no money will mend comes first."""
 
+import shlex
 from collections.abc import Mapping
 
 from cluster.why import room
 from cluster.why.ended import last
-from cluster.why.facts import GROUPS_UNREAD, Facts, NodeGroup
+from cluster.why.facts import GROUPS_UNREAD, Facts, NodeGroup, PlacementGroup
 from cluster.why.finding import Cause, Finding
 from cluster.why.room import Wanted, amounts
 
@@ -30,8 +31,10 @@ def infeasible(facts: Facts) -> Finding | None:
 def autoscaler(facts: Facts) -> Finding | None:
     """Without it no node comes, whatever the cloud has: it explains everything that waits."""
     scaler, wants = facts.autoscaler, room.waiting(facts)
-    if scaler is None or not wants or scaler.is_alive or (scaler.is_alive is None and not scaler.error):
+    if scaler is None or not wants or scaler.is_alive:
         return None
+    if scaler.is_alive is None and "Traceback" not in scaler.error:
+        return None  # too early to know, and what it has written may be a library's warning
     said = f"; its last words: {last(scaler.error)}" if scaler.error else ""
     return Finding(
         Cause.AUTOSCALER,
@@ -42,17 +45,15 @@ def autoscaler(facts: Facts) -> Finding | None:
 
 def held(facts: Facts) -> Finding | None:
     """Before capacity and caps, because what is held for nobody can be had at once and for nothing."""
-    unused = room.unused(facts)
+    unused = room.unused(facts) if room.knows_works(facts) else []
     for wanted in room.waiting(facts) if unused else ():
         if not _may_grow(wanted, facts) and room.fits_without(wanted, unused, facts):
             group = unused[0]
-            # By its id: a name is known only in the namespace of the job that gave it.
-            of_id = f'ray.util.placement_group.PlacementGroup(ray.PlacementGroupID(bytes.fromhex("{group.id}")))'
             return Finding(
                 Cause.HELD,
                 f"{wanted}; placement group {group.name or group.id} of job {facts.job_name(group.ray_id)} holds "
                 f"{Wanted('', group.bundles).much}, and nothing runs in it",
-                f"`ray.util.remove_placement_group({of_id})` in a job, if nobody needs it",
+                f"if nobody needs it, `{_removal(group)}`",
             )
     return None
 
@@ -60,11 +61,13 @@ def held(facts: Facts) -> Finding | None:
 def capacity(facts: Facts) -> Finding | None:
     """The cluster could grow, has tried to, and the cloud has refused.
 
-    Another group that would do is no comfort before its nodes are coming: Ray asks for the refused one again and again.
+    Another group that would do is no comfort while Ray asks for the refused one again, which it does without end.
     """
+    starting = facts.autoscaler.starting if facts.autoscaler else {}
     for wanted in room.waiting(facts):
         sold_out = _sold_out(wanted, facts)
-        if sold_out and not _is_coming(wanted, facts):
+        is_asked_again = any(starting.get(group) for group in sold_out)
+        if sold_out and not _is_coming(wanted, facts) and (is_asked_again or not _may_grow(wanted, facts)):
             why = next(iter(sold_out.values()))
             return Finding(
                 Cause.CAPACITY,
@@ -92,6 +95,15 @@ def cap(facts: Facts) -> Finding | None:
         fix = "wait until one of those jobs ends, end one, or raise max_workers of a group"
         return Finding(Cause.CAP, f"{wanted}; {nodes}; in use by {users}", fix)
     return None
+
+
+def _removal(group: PlacementGroup) -> str:
+    """A command that removes it. By its id: a name is known only in the namespace of the job that gave it."""
+    program = (
+        "import ray; from ray.util.placement_group import PlacementGroup; ray.init(); "
+        f'ray.util.remove_placement_group(PlacementGroup(ray.PlacementGroupID.from_hex("{group.id}")))'
+    )
+    return shlex.join(["ray", "job", "submit", "--", "python", "-c", program])
 
 
 def _groups(facts: Facts) -> Mapping[str, NodeGroup]:

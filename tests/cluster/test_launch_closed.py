@@ -110,6 +110,7 @@ def test_pods_start_closed(name: str) -> None:
                     assert container["securityContext"]["allowPrivilegeEscalation"] is False
                     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
                     assert {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"} in container["env"]
+                    assert {"name": "RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE", "value": "1"} in container["env"]
         if manifest["kind"] in specs:
             spec = specs[manifest["kind"]](manifest["spec"])
             assert spec["authOptions"] == {"mode": "token"}

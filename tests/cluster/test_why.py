@@ -7,9 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.errors import ClusterSilent, PlanError, TokenRefused, VersionMismatch
-from cluster.why import autoscaler, explain, room
+from cluster.why import explain, room
 from cluster.why.facts import (
+    ACTORS,
     GROUPS_UNREAD,
+    TASKS,
     Application,
     Autoscaler,
     Facts,
@@ -49,14 +51,30 @@ SEEDED = {
     "replica": (Facts(applications=(Application("app", "DEPLOYING", reason="ModelError: gone"),)), Cause.REPLICA),
     "too large": (replace(EMPTY, works=(replace(WAITING, resources={"CPU": 2}),)), Cause.INFEASIBLE),
     "of another kind": (replace(EMPTY, works=(replace(WAITING, resources={"CPU": 1, "GPU": 1}),)), Cause.INFEASIBLE),
+    "workers of no label": (
+        replace(EMPTY, works=(), groups=(PlacementGroup("pg", "PENDING", "", "01", ({"CPU": 1},), (), {"x": "y"}),)),
+        Cause.INFEASIBLE,
+    ),
+    "together too large for any node": (
+        replace(
+            EMPTY, works=(), groups=(PlacementGroup("pg", "PENDING", "", "01", ({"CPU": 1},) * 2, on_one_node=True),)
+        ),
+        Cause.INFEASIBLE,
+    ),
     "of no label": (
         replace(EMPTY, works=(replace(WAITING, selector={"market": "!in(a, b)", "x": "y"}),)),
         Cause.INFEASIBLE,
     ),
     "dead": (replace(EMPTY, autoscaler=replace(ALIVE, is_alive=False)), Cause.AUTOSCALER),
     "dead before it ever reported": (
-        replace(EMPTY, autoscaler=Autoscaler(SMALL, error="no module x")),
+        replace(
+            EMPTY, autoscaler=Autoscaler(SMALL, error="Traceback (most recent call last):\n  …\nImportError: no x")
+        ),
         Cause.AUTOSCALER,
+    ),
+    "warned before it ever reported": (
+        replace(EMPTY, autoscaler=Autoscaler(SMALL, error="x.py:3: DeprecationWarning: y")),
+        Cause.NOTHING,
     ),
     "held": (replace(FULL, works=(WAITING,), groups=(HELD,)), Cause.HELD),
     "sold out": (replace(EMPTY, autoscaler=replace(ALIVE, failed={"small": "no capacity"})), Cause.CAPACITY),
@@ -69,6 +87,14 @@ SEEDED = {
     "asks for nothing": (
         replace(EMPTY, works=(Work("actor", "Worker", "ALIVE", "01", "head", is_busy=True),)),
         Cause.FORGOTTEN,
+    ),
+    "helps itself while its workers are coming": (
+        replace(
+            EMPTY,
+            works=(Work("actor", "Board", "ALIVE", "01", "head", is_busy=True),),
+            groups=(PlacementGroup("pg", "PENDING", "", "01", ({"CPU": 1},)),),
+        ),
+        Cause.NOTHING,
     ),
     "no adapter": (Facts(applications=(Application("app", "RUNNING", missing={"skill": "none"}),)), Cause.ADAPTER),
     "pinned by an actor": (
@@ -86,6 +112,14 @@ SEEDED = {
         Cause.NOTHING,
     ),
     "coming": (replace(EMPTY, autoscaler=replace(ALIVE, starting={"small": 1})), Cause.NOTHING),
+    "sold out, and asked for again, as many as there may be": (
+        replace(EMPTY, autoscaler=replace(ALIVE, starting={"small": 2}, failed={"small": "no capacity"})),
+        Cause.CAPACITY,
+    ),
+    "one group has refused another job, and the other has yet to be asked": (
+        replace(EMPTY, autoscaler=Autoscaler({**SMALL, "more": SMALL["small"]}, {}, {"small": "none"})),
+        Cause.NOTHING,
+    ),
     "sold out, and the other group is not asked": (
         replace(EMPTY, autoscaler=Autoscaler({**SMALL, "more": SMALL["small"]}, {"small": 1}, {"small": "none"})),
         Cause.CAPACITY,
@@ -102,6 +136,8 @@ SEEDED = {
     ),
     "placed in a moment": (replace(FULL, works=(WAITING,)), Cause.NOTHING),
     "nothing at all": (Facts(), Cause.NOTHING),
+    "too little is known": (replace(EMPTY, unread=(TASKS,)), Cause.SILENT),
+    "a log is missing": (replace(EMPTY, unread=("monitor.err",)), Cause.NOTHING),
 }
 
 
@@ -114,6 +150,7 @@ def test_each_cause_is_named(name: str) -> None:
     assert bool(finding.fix) == (cause is not Cause.NOTHING)
 
 
+FULL_DISK = replace(SECOND, disk=0.99)
 ROOTS = {
     "a shape that nothing has, before the autoscaler that is dead": (
         replace(EMPTY, works=(replace(WAITING, resources={"GPU": 1}),), autoscaler=replace(ALIVE, is_alive=False)),
@@ -135,6 +172,30 @@ ROOTS = {
     "a full disk, before the environment that could not be written to it": (
         replace(SEEDED["environment of a job"][0], nodes=(replace(HEAD, disk=0.99),)),
         Cause.DISK,
+    ),
+    "what has ended well needs no cluster": (
+        Facts(refused=ClusterSilent("no answer"), run=Run("x", "succeeded", "done")),
+        Cause.NOTHING,
+    ),
+    "a full disk is none of a job that runs elsewhere": (
+        replace(FULL, asked=frozenset(["other", "02"]), works=IN_USE[:1], nodes=(HEAD, FIRST, FULL_DISK)),
+        Cause.NOTHING,
+    ),
+    "a full disk where a job runs": (
+        replace(FULL, asked=frozenset(["other", "02"]), works=IN_USE[1:], nodes=(HEAD, FIRST, FULL_DISK)),
+        Cause.DISK,
+    ),
+    "a full disk where a job may get its place": (
+        replace(FULL, asked=frozenset(["train", "01"]), works=(WAITING,), nodes=(HEAD, FULL_DISK)),
+        Cause.DISK,
+    ),
+    "what runs is not known, so that nothing is held for nobody": (
+        replace(SEEDED["held"][0], unread=(ACTORS,)),
+        Cause.CAP,
+    ),
+    "nor is a node pinned by an object": (
+        replace(SEEDED["pinned by an object"][0], unread=(TASKS,)),
+        Cause.SILENT,
     ),
     "another's trouble is none of a job that runs": (
         replace(FULL, asked=frozenset(["other", "02"])),
@@ -159,6 +220,20 @@ ROOTS = {
 def test_the_root_is_named_where_several_things_are_wrong(name: str) -> None:
     facts, cause = ROOTS[name]
     assert explain(facts).cause is cause
+
+
+def test_a_driver_that_was_killed_is_said_to_have_been() -> None:
+    message = "Job entrypoint command failed with exit code 137, last available logs (truncated):\nstep 3\nKilled\n"
+    job = Job("x", status="FAILED", message=message, last_line="Killed")
+    evidence = explain(Facts(asked=frozenset(["x"]), jobs=(job,))).evidence
+    assert evidence == "job x: Job entrypoint command failed with exit code 137; it said last: Killed"
+
+
+def test_a_driver_that_waits_is_called_one() -> None:
+    driver = replace(WAITING, name="JobSupervisor", ray_id="train", resources={"CPU": 9})
+    assert explain(replace(EMPTY, works=(driver,))).evidence.startswith("the driver of job train asks for 9 CPU, ")
+    evidence = explain(replace(EMPTY, works=(replace(driver, resources={}),))).evidence
+    assert evidence == "the driver of job train is starting; job train is running"
 
 
 NAMES = st.sampled_from(["", "a", "b", "01", "!x", "in(a,b)", "\n"])
@@ -213,53 +288,3 @@ def test_there_is_one_answer_whatever_is_known(facts: Facts, left_out: set[str])
     if finding.cause is Cause.INFEASIBLE and not any(work.selector for work in known.works):
         asked = [work.resources for work in known.works] + [each for group in known.groups for each in group.bundles]
         assert any(not any(room.is_fit(each, place) for place in places) for each in asked)
-
-
-CONFIG = """2026-11-26 01:41:17,338	INFO autoscaler.py:73 -- Using Autoscaling Config:\x20
-available_node_types:
-  ray.head.default:
-    max_workers: 0
-    resources: {CPU: 0}
-  spot:
-    labels: {market: spot}
-    max_workers: 3
-    resources: {CPU: 1}
-head_node_type: ray.head.default
-max_workers: 3
-
-2026-11-26 01:41:17,339	INFO node_provider.py:53 -- more
-"""
-
-
-def test_the_autoscalers_log_is_read() -> None:
-    assert autoscaler.groups(CONFIG) == {"spot": NodeGroup({"CPU": 1.0}, 3, {"market": "spot"})}
-    assert autoscaler.groups("2026-11-26 01:41:17,338	INFO monitor.py:94 -- session_name: x\n") is None
-    tail = (
-        "… Failed to launch 2 nodes of type spot: no capacity for spot in zone 1.\n"
-        "… Failed to launch 1 nodes of type on-demand: quota\n"
-        "… Launched 2 nodes of type on-demand.\n"
-    )
-    assert autoscaler.failed(tail) == {"spot": "no capacity for spot in zone 1."}
-
-
-def test_an_autoscaler_that_no_longer_reports_is_dead() -> None:
-    def counted(number: int) -> str:
-        return (
-            "[2026] gcs_server.cc:1322: Main service Event stats:\n\n"
-            f"\tAutoscalerStateService.grpc_server.ReportAutoscalingState - {number} total (0 active), Execution time\n"
-            "\tAutoscalerStateService.grpc_server.ReportAutoscalingState.success_callback - 99 total (0 active)\n"
-        )
-
-    assert autoscaler.is_alive(counted(3)) is None
-    assert autoscaler.is_alive("Main service Event stats:\n" * 3) is None  # the older autoscaler
-    assert autoscaler.is_alive(counted(3) + counted(15)) is True
-    assert autoscaler.is_alive(counted(3) + counted(15) + counted(15)) is False
-
-
-def test_nodes_that_are_starting_are_counted_by_group() -> None:
-    status = (
-        "Node status\n---\nActive:\n 1 ray.head.default\nIdle:\n (no idle nodes)\nPending:\n spot, 2 launching\n"
-        " 10.0.0.3: on-demand, waiting for ssh\n 10.0.0.4: on-demand, starting ray\nRecent failures:\n (no failures)\n"
-    )
-    assert autoscaler.starting(status) == {"spot": 2, "on-demand": 2}
-    assert autoscaler.starting(status.replace(" spot, 2 launching\n", " (no pending nodes)\n")) == {"on-demand": 2}
