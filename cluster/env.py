@@ -20,6 +20,9 @@ LUTHIER_CACHE = "LUTHIER_CACHE"
 DS_ACCELERATOR = "DS_ACCELERATOR"
 """What DeepSpeed computes on; set for training workers."""
 
+GLOO_SOCKET_IFNAME = "GLOO_SOCKET_IFNAME"
+"""The interface that training workers on CPUs speak over. Default: the one of the address that Ray has of the node."""
+
 TORCH_EXTENSIONS_DIR = "TORCH_EXTENSIONS_DIR"
 """Where torch keeps compiled operations; set for training workers that run in a virtual environment."""
 

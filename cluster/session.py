@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import ray
 import ray._private.state
+from ray.util.placement_group import PlacementGroup
 
 from cluster import env
 from cluster.errors import PlanError
@@ -118,6 +119,19 @@ def nodes() -> list[dict[str, float]]:
 def per_worker(cluster: ClusterConfig) -> dict[str, float]:
     """What one worker needs, by Ray's names."""
     return {"CPU": float(cluster.cpus_per_worker), **({"GPU": 1.0} if cluster.accelerator == "gpu" else {})}
+
+
+def release_places() -> None:
+    """Give back what this job has reserved, once its workers have ended.
+
+    Ray Train 2.60 forgets the placement group of workers that fail before they have formed their process group: the
+    next ones would wait for places that nobody uses.
+    """
+    ours = ray.get_runtime_context().get_job_id()
+    for group in ray.util.placement_group_table().values():
+        if group["placement_group_id"].endswith(ours) and group["state"] != "REMOVED":  # an id ends with its job's
+            group_id = ray.PlacementGroupID(bytes.fromhex(group["placement_group_id"]))
+            ray.util.remove_placement_group(PlacementGroup(group_id))
 
 
 def check_resources(cluster: ClusterConfig, workers: int) -> None:

@@ -34,6 +34,7 @@ report      a run as one HTML file
 chart       one of its charts, as SVG; pure
 markup      elements of a page, every text in them escaped
 pulse       the driver's heartbeat, and what it tells the workers: stop, or move
+network     the address by which workers find one another
 turn        its place in the queue of a shared cluster
 attempts    one start of the workers after another, until the run has an end
 driver      resolve, plan, tokenise, train, publish

@@ -129,6 +129,7 @@ class Attempts:
             _trainer(job, workers).fit()
         except TrainingFailedError as error:
             failure = error
+            session.release_places()
         finally:
             self._pulse.rest()
         result: dict[str, Any] | LuthierError | None = ray.get(self._board.result.remote())
@@ -211,12 +212,14 @@ class Attempts:
 
 def _trainer(job: Job, workers: int) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from jobs.network import OwnAddress
 
     gpu = job.recipe.cluster.accelerator == "gpu"
     return TorchTrainer(
         _loop(job),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=OwnAddress(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": job.recipe.cluster.cpus_per_worker}
         ),
