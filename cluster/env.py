@@ -7,6 +7,9 @@ variables are read by Ray. What stands here is only what our code looks up by na
 RAY_ADDRESS = "RAY_ADDRESS"
 """The Ray cluster to join. `ray job submit` sets it for the driver."""
 
+RAY_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""What a submitted job was submitted with, its metadata among it; Ray sets it for the driver."""
+
 RAY_AUTH_MODE = "RAY_AUTH_MODE"
 RAY_AUTH_TOKEN = "RAY_AUTH_TOKEN"
 RAY_AUTH_TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"

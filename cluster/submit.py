@@ -7,12 +7,10 @@ a key or by a script that lost the answer, is one run. What ended without succes
 """
 
 import asyncio
-import getpass
 import hashlib
 import json
 import os
 import platform
-import re
 import shlex
 import sys
 import time
@@ -28,6 +26,7 @@ import httpx
 from cluster import env
 from cluster.errors import ClusterSilent, PlanError, TokenRefused, VersionMismatch
 from cluster.launch.spec import MARKET
+from cluster.who import user
 
 _TIMEOUT_S = 10.0
 _AGAIN_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between looks at a cluster that does not answer
@@ -72,11 +71,6 @@ class Submission:
         if self.metadata:
             options += ["--metadata-json", json.dumps(self.metadata)]
         return shlex.join(["ray", "job", "submit", *options, "--", *self.command])
-
-
-def user() -> str:
-    """Who submits, as part of an id."""
-    return re.sub(r"[^a-z0-9]+", "-", getpass.getuser().lower()).strip("-") or "somebody"
 
 
 class Cluster:

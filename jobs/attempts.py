@@ -10,7 +10,6 @@ Ray Train starts one worker group for each attempt, and never a second one: its 
 it resizes nor say what happened.
 """
 
-import getpass
 import os
 import sys
 import threading
@@ -29,6 +28,7 @@ from cluster.logs import say
 from cluster.models import Shape
 from cluster.records import EventKind, RunRecord
 from cluster.store import Store
+from cluster.who import submitter
 from jobs import runs
 from jobs.config import Recipe
 from jobs.gauges import TrainingGauges
@@ -98,10 +98,12 @@ class Attempts:
         if not recipe.cluster.shared:
             yield
             return
-        asked = ticket(self._record.run_id, getpass.getuser(), recipe.priority, recipe.train.fewest, recipe.cluster)
+        asked = ticket(self._record.run_id, submitter(), recipe.priority, recipe.train.fewest, recipe.cluster)
+        began = time.monotonic()
         with Turn(asked, recipe.cluster) as turn:
             if not turn.wait(self._note, lambda: self._pulse.is_stopping):
                 raise RunFailed(f"run {self._record.run_id}: it was stopped while it waited for its turn")
+            self._note(f"its turn came after {time.monotonic() - began:.0f} s")
             yield
 
     def _attempt(self) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ Everything that can be wrong with what the person gave is found before run.json 
 taken. Torch is imported by the checks of model and tokenizer, never before a config is sound.
 """
 
-import getpass
 import json
 import secrets
 import subprocess
@@ -29,6 +28,7 @@ from cluster.patient import PatientStore
 from cluster.records import BaseModelRef, CheckpointRef, RunRecord
 from cluster.session import joined
 from cluster.store import Store, open_store
+from cluster.who import submitter
 from jobs import dataset, runs
 from jobs.attempts import Attempts
 from jobs.config import FullConfig, LoraConfig, Method, Recipe
@@ -74,7 +74,7 @@ def begin(
     if not recipe.publish:
         say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
     begins = f", from {parent.run_id}@{parent.step}" if parent else ""
-    runs.tell(store, record.run_id, f"submitted by {getpass.getuser()}{begins}; {summary(recipe, plan)}", "preparing")
+    runs.tell(store, record.run_id, f"submitted by {submitter()}{begins}; {summary(recipe, plan)}", "preparing")
     return record, shape
 
 
@@ -100,7 +100,7 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         shape = read_shape(folder)
         say(summary(recipe, make_plan(recipe, shape)))
         runs.clear_stop_requests(store, run_id)
-        runs.tell(store, run_id, f"resumed by {getpass.getuser()}; it was {found.state}", "resuming")
+        runs.tell(store, run_id, f"resumed by {submitter()}; it was {found.state}", "resuming")
         say(f"run {run_id} in {store.url}")
         return _carry_out(found.record, recipe, shape, store)
 
@@ -246,7 +246,12 @@ def _conclude(run_id: str, recipe: Recipe, result: dict[str, Any], store: Store)
         say(f"published {adapter}")
         if isinstance(recipe.method, LoraConfig) and recipe.publish.alias:
             registry.set_alias(
-                store, recipe.publish.name, recipe.publish.alias, published["version"], why=f"published by run {run_id}"
+                store,
+                recipe.publish.name,
+                recipe.publish.alias,
+                published["version"],
+                by=submitter(),
+                why=f"published by run {run_id}",
             )
             say(f"alias {recipe.publish.name}@{recipe.publish.alias} is version {published['version']}")
     return {

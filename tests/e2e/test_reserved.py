@@ -16,3 +16,4 @@ def test_a_job_gives_back_its_own_reservations_alone(ray_cluster: LocalCluster) 
     assert found[kept] == "CREATED"
     assert found[given_back] == "REMOVED"
     other.kill()
+    other.communicate()
