@@ -23,6 +23,7 @@ launch/    a cluster from its file: AWS, Google Cloud, Azure, SSH, Kubernetes
 session    joining a Ray cluster, always by address, with room for the job
 package    what a submitted job takes along, looked at before Ray zips it
 submit     handing a job to a cluster by its dashboard: checked, sent once, followed
+who        who a job is for: who is logged in, or submitted it
 processes  Ray nodes as processes: started, seen to live, ended
 queue      whose turn it is on a shared cluster; pure, and one actor
 nodes      a Ray cluster of local processes, always with a token

@@ -8,7 +8,7 @@ RAY_ADDRESS = "RAY_ADDRESS"
 """The Ray cluster to join. `ray job submit` sets it for the driver."""
 
 RAY_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""What Ray tells the driver of a submitted job of itself, the job's metadata among it."""
+"""What a submitted job was submitted with, its metadata among it; Ray sets it for the driver."""
 
 RAY_AUTH_MODE = "RAY_AUTH_MODE"
 RAY_AUTH_TOKEN = "RAY_AUTH_TOKEN"
@@ -25,6 +25,9 @@ LUTHIER_IMAGE = "LUTHIER_IMAGE"
 
 DS_ACCELERATOR = "DS_ACCELERATOR"
 """What DeepSpeed computes on; set for training workers."""
+
+GLOO_SOCKET_IFNAME = "GLOO_SOCKET_IFNAME"
+"""The interface that training workers on CPUs speak over. Default: the one of the address that Ray has of the node."""
 
 TORCH_EXTENSIONS_DIR = "TORCH_EXTENSIONS_DIR"
 """Where torch keeps compiled operations; set for training workers that run in a virtual environment."""

@@ -4,8 +4,6 @@
 cluster by RAY_ADDRESS; on a laptop `local` starts a private one that ends with the process.
 """
 
-import getpass
-import json
 import os
 import socket
 import time
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 import ray
 import ray._private.state
 from ray.core.generated import gcs_pb2
+from ray.util.placement_group import PlacementGroup
 
 from cluster import env
 from cluster.errors import PlanError
@@ -142,18 +141,6 @@ def labels() -> dict[str, Mapping[str, str]]:
     return {node["NodeID"]: node.get("Labels", {}) for node in ray.nodes()}
 
 
-def submitted() -> dict[str, str]:
-    """The metadata of the submitted job whose driver this process is; empty for a driver that nobody submitted."""
-    told = os.environ.get(env.RAY_JOB_CONFIG)
-    metadata: dict[str, str] = json.loads(told).get("metadata", {}) if told else {}
-    return metadata
-
-
-def submitter() -> str:
-    """Who wants what this driver does: whoever submitted it, where that is known, else whoever runs it."""
-    return submitted().get("user") or getpass.getuser()
-
-
 def _places(resources: dict[str, float], cluster: ClusterConfig) -> int:
     return int(min(resources.get(name, 0.0) // amount for name, amount in per_worker(cluster).items()))
 
@@ -167,6 +154,19 @@ def nodes() -> list[dict[str, float]]:
 def per_worker(cluster: ClusterConfig) -> dict[str, float]:
     """What one worker needs, by Ray's names."""
     return {"CPU": float(cluster.cpus_per_worker), **({"GPU": 1.0} if cluster.accelerator == "gpu" else {})}
+
+
+def release_places() -> None:
+    """Give back what this job has reserved, once its workers have ended.
+
+    Ray Train 2.60 forgets the placement group of workers that fail before they have formed their process group: the
+    next ones would wait for places that nobody uses.
+    """
+    ours = ray.get_runtime_context().get_job_id()
+    for group in ray.util.placement_group_table().values():
+        if group["placement_group_id"].endswith(ours) and group["state"] != "REMOVED":  # an id ends with its job's
+            group_id = ray.PlacementGroupID(bytes.fromhex(group["placement_group_id"]))
+            ray.util.remove_placement_group(PlacementGroup(group_id))
 
 
 def check_resources(cluster: ClusterConfig, workers: int) -> None:

@@ -7,12 +7,10 @@ a key or by a script that lost the answer, is one run. What ended without succes
 """
 
 import asyncio
-import getpass
 import hashlib
 import json
 import os
 import platform
-import re
 import shlex
 import sys
 import time
@@ -28,6 +26,7 @@ import httpx
 from cluster import env
 from cluster.errors import ClusterSilent, PlanError, TokenRefused, VersionMismatch
 from cluster.launch.spec import MARKET
+from cluster.who import user
 
 _TIMEOUT_S = 10.0  # without a word
 _READ_S = 30.0  # for all of an answer
@@ -73,11 +72,6 @@ class Submission:
         if self.metadata:
             options += ["--metadata-json", json.dumps(self.metadata)]
         return shlex.join(["ray", "job", "submit", *options, "--", *self.command])
-
-
-def user() -> str:
-    """Who submits, as part of an id."""
-    return re.sub(r"[^a-z0-9]+", "-", getpass.getuser().lower()).strip("-") or "somebody"
 
 
 class Cluster:

@@ -36,6 +36,7 @@ markup      elements of a page, every text in them escaped
 pulse       the driver's heartbeat, and what it tells the workers: stop, or move
 account     what the run holds and has spent, for the cost ledger
 limits      of hours and money: looked at before anything is spent, and while it runs
+network     the address by which workers find one another
 turn        its place in the queue of a shared cluster
 attempts    one start of the workers after another, until the run has an end
 driver      resolve, plan, tokenise, train, publish

@@ -16,6 +16,7 @@ from cluster.ledger import Line, Spent
 from cluster.meter import Meter
 from cluster.records import RunRecord
 from cluster.store import Store
+from cluster.who import submitted, submitter
 from jobs import limits, runs
 from jobs.config import Recipe
 from jobs.gauges import TrainingGauges
@@ -32,7 +33,7 @@ class Account:
         self._recipe = recipe
         self._gauges = gauges
         earlier = ledger.total(runs.ledger_entries(store, record))
-        self._meter = Meter(record.run_id, session.submitter(), recipe.project, uuid4().hex[:12], earlier)
+        self._meter = Meter(record.run_id, submitter(), recipe.project, uuid4().hex[:12], earlier)
         self._driver = self._driver_lines()
         self._meter.hold(self._driver, round(1000 * began))
         self._lock = threading.Lock()  # the pulse looks, while the main thread begins and ends attempts
@@ -96,7 +97,7 @@ class Account:
         self._meter.hold([*self._driver, *self._workers], max(placement.since_ms for placement in new))
 
     def _driver_lines(self) -> list[Line]:
-        cpus = float(session.submitted().get("driver_cpus", 0.0))
+        cpus = float(submitted().get("driver_cpus", 0.0))
         here: Mapping[str, str] = session.labels().get(ray.get_runtime_context().get_node_id(), {})
         return prices.lines("driver", [({"CPU": cpus}, here)], self._recipe.cluster)
 

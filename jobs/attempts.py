@@ -29,6 +29,7 @@ from cluster.logs import say
 from cluster.models import Shape
 from cluster.records import EventKind, RunRecord
 from cluster.store import Store
+from cluster.who import submitter
 from jobs import runs
 from jobs.account import Account
 from jobs.config import Recipe
@@ -117,10 +118,12 @@ class Attempts:
         if not recipe.cluster.shared:
             yield
             return
-        asked = ticket(self._record.run_id, session.submitter(), recipe.priority, recipe.train.fewest, recipe.cluster)
+        asked = ticket(self._record.run_id, submitter(), recipe.priority, recipe.train.fewest, recipe.cluster)
+        began = time.monotonic()
         with Turn(asked, recipe.cluster) as turn:
             if not turn.wait(self._note, lambda: self._pulse.is_stopping):
                 raise RunFailed(f"run {self._record.run_id}: it was stopped while it waited for its turn")
+            self._note(f"its turn came after {time.monotonic() - began:.0f} s")
             yield
 
     def _attempt(self) -> dict[str, Any] | None:
@@ -148,6 +151,7 @@ class Attempts:
             _trainer(job, workers).fit()
         except TrainingFailedError as error:
             failure = error
+            session.release_places()
         finally:
             self._pulse.rest()
         result: dict[str, Any] | LuthierError | None = ray.get(self._board.result.remote())
@@ -230,12 +234,14 @@ class Attempts:
 
 def _trainer(job: Job, workers: int) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from jobs.network import OwnAddress
 
     gpu = job.recipe.cluster.accelerator == "gpu"
     return TorchTrainer(
         _loop(job),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=OwnAddress(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": job.recipe.cluster.cpus_per_worker}
         ),

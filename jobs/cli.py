@@ -108,7 +108,8 @@ def _submit(
     from cluster import env
     from cluster.errors import ConfigError, Fault
     from cluster.package import digest, shipment
-    from cluster.submit import Cluster, Submission, user
+    from cluster.submit import Cluster, Submission
+    from cluster.who import USER, user
 
     target = address or os.environ.get(env.RAY_ADDRESS)
     if not target:
@@ -123,7 +124,7 @@ def _submit(
         command=command,
         does=does + code,
         cpus=cpus,
-        metadata={"user": user(), "recipe": name, "code": code, **({"driver_cpus": f"{cpus:g}"} if cpus else {})},
+        metadata={USER: user(), "recipe": name, "code": code, **({"driver_cpus": f"{cpus:g}"} if cpus else {})},
     )
     submission_id, was_there = cluster.submit(job, root, again=again)
     print(job.line(cluster.address, submission_id), flush=True)

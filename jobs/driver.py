@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from cluster import __version__, keys, ledger, models, records, registry, secret, session
+from cluster import __version__, keys, ledger, models, records, registry, secret
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, InputError, LuthierError, RunFailed
 from cluster.logs import say
@@ -29,6 +29,7 @@ from cluster.patient import PatientStore
 from cluster.records import BaseModelRef, CheckpointRef, RunRecord
 from cluster.session import joined
 from cluster.store import Store, open_store
+from cluster.who import submitter
 from jobs import dataset, limits, runs
 from jobs.attempts import Attempts
 from jobs.config import FullConfig, LoraConfig, Method, Recipe
@@ -77,7 +78,7 @@ def begin(
     if not recipe.publish:
         say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
     begins = f", from {parent.run_id}@{parent.step}" if parent else ""
-    runs.tell(store, record.run_id, f"submitted by {session.submitter()}{begins}; {summary(recipe, plan)}", "preparing")
+    runs.tell(store, record.run_id, f"submitted by {submitter()}{begins}; {summary(recipe, plan)}", "preparing")
     return record, shape
 
 
@@ -106,7 +107,7 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         shape = read_shape(folder)
         say(summary(recipe, make_plan(recipe, shape)))
         runs.clear_stop_requests(store, run_id)
-        runs.tell(store, run_id, f"resumed by {session.submitter()}; it was {found.state}", "resuming")
+        runs.tell(store, run_id, f"resumed by {submitter()}; it was {found.state}", "resuming")
         say(f"run {run_id} in {store.url}")
         return _carry_out(found.record, recipe, shape, store, began)
 
@@ -253,7 +254,12 @@ def _conclude(run_id: str, recipe: Recipe, result: dict[str, Any], store: Store)
         say(f"published {adapter}")
         if isinstance(recipe.method, LoraConfig) and recipe.publish.alias:
             registry.set_alias(
-                store, recipe.publish.name, recipe.publish.alias, published["version"], why=f"published by run {run_id}"
+                store,
+                recipe.publish.name,
+                recipe.publish.alias,
+                published["version"],
+                by=submitter(),
+                why=f"published by run {run_id}",
             )
             say(f"alias {recipe.publish.name}@{recipe.publish.alias} is version {published['version']}")
     return {

@@ -35,6 +35,7 @@ from botocore.exceptions import ClientError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 START_TIMEOUT_S = 120.0
+HOST = "127.0.0.1"
 CEPH_PROGRAMS = (
     "ceph", "ceph-authtool", "ceph-mgr", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin",
 )  # fmt: skip
@@ -82,27 +83,27 @@ def shared(name: str) -> S3Server:
 
 
 @contextmanager
-def ministack(services: str = "s3,iam,sts") -> Iterator[S3Server]:
+def ministack(services: str = "s3,iam,sts", host: str = HOST) -> Iterator[S3Server]:
     """An in-memory emulator whose conditional requests are right; refuses wrong, unknown and missing credentials."""
     with tempfile.TemporaryDirectory(prefix="ministack-") as folder:
         port = free_ports(1)
         settings = {
             "AUTH": "true",
-            "BIND_HOST": "127.0.0.1",
+            "BIND_HOST": host,
             "GATEWAY_PORT": str(port),
             "IOT_MTLS_ENABLED": "false",  # or it listens on every interface
             "SERVICES": services,
             "TMPDIR": folder,
         }
-        with running([sys.executable, "-m", "ministack"], settings, Path(folder), port):
+        with running([sys.executable, "-m", "ministack"], settings, Path(folder), port, host):
             # The root key's signature is not checked, so it only makes a user; tests use that user's key.
-            iam = _client("iam", port, "test", "test")
+            iam = _client("iam", S3Server(host, port, "test", "test"))
             iam.create_user(UserName="luthier")
             allow = {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}
             policy = json.dumps({"Version": "2012-10-17", "Statement": [allow]})
             iam.put_user_policy(UserName="luthier", PolicyName="s3", PolicyDocument=policy)
             key = iam.create_access_key(UserName="luthier")["AccessKey"]
-            server = S3Server("127.0.0.1", port, key["AccessKeyId"], key["SecretAccessKey"])
+            server = S3Server(host, port, key["AccessKeyId"], key["SecretAccessKey"])
             _make_bucket(server)
             yield server
 
@@ -118,7 +119,7 @@ def ceph() -> Iterator[S3Server]:
     # Not pytest's tmp_path: the path of a daemon's socket may have 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ceph-", ignore_cleanup_errors=True) as folder:
         port = free_ports(3)
-        server = S3Server("127.0.0.1", port, "LUTHIERTESTKEY", "luthier-test-secret")
+        server = S3Server(HOST, port, "LUTHIERTESTKEY", "luthier-test-secret")
         script = str(REPOSITORY / "scripts" / "ceph-rgw")
         command = [script, f"{folder}/data", str(port), server.access_key, server.secret_key]
         with running(command, {}, Path(folder), port):
@@ -176,7 +177,7 @@ def free_ports(count: int) -> int:
         with contextlib.ExitStack() as held:
             try:
                 for port in range(first, first + count):
-                    held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                    held.enter_context(socket.socket()).bind((HOST, port))
             except OSError:
                 continue
             return first
@@ -184,7 +185,7 @@ def free_ports(count: int) -> int:
 
 
 @contextmanager
-def running(command: list[str], settings: dict[str, str], folder: Path, port: int) -> Iterator[None]:
+def running(command: list[str], settings: dict[str, str], folder: Path, port: int, host: str = HOST) -> Iterator[None]:
     """`command` in a process group of its own, from its first answer over HTTP until the block ends."""
     log = folder / "server.log"
     with log.open("wb") as output:
@@ -198,7 +199,7 @@ def running(command: list[str], settings: dict[str, str], folder: Path, port: in
         )
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not _answers(port):
+        while not _answers(host, port):
             if process.poll() is not None or time.monotonic() > deadline:
                 end = log.read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"{command[0]} gives no answer on port {port}; its log ends:\n{end}")
@@ -211,8 +212,8 @@ def running(command: list[str], settings: dict[str, str], folder: Path, port: in
         process.wait()
 
 
-def _answers(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+def _answers(host: str, port: int) -> bool:
+    connection = http.client.HTTPConnection(host, port, timeout=5)
     try:
         connection.request("GET", "/")
         connection.getresponse().read()
@@ -224,7 +225,7 @@ def _answers(port: int) -> bool:
 
 
 def _make_bucket(server: S3Server) -> None:
-    client = _client("s3", server.port, server.access_key, server.secret_key)
+    client = _client("s3", server)
     deadline = time.monotonic() + START_TIMEOUT_S
     while True:
         try:
@@ -237,12 +238,12 @@ def _make_bucket(server: S3Server) -> None:
             return
 
 
-def _client(service: str, port: int, access_key: str, secret_key: str) -> Any:
+def _client(service: str, server: S3Server) -> Any:
     return boto3.session.Session().client(
         service,
-        endpoint_url=f"http://127.0.0.1:{port}",
+        endpoint_url=server.endpoint,
         region_name="us-east-1",
-        aws_access_key_id=access_key,
-        aws_secret_access_key=secret_key,
+        aws_access_key_id=server.access_key,
+        aws_secret_access_key=server.secret_key,
         config=Config(request_checksum_calculation="when_required"),
     )

@@ -1,46 +1,32 @@
 """A laptop and two machines with sshd, as namespaces of this machine: `ray up` for real, on all of it.
 
-    unshare --net --pid --mount --mount-proc --fork --kill-child python -m tests.cluster.lab FOLDER
-
-Each machine has its own network address, processes, /tmp/ray, shared memory and home; the packages are shared. What is
-seen is printed as one JSON object on the last line; test_launch_ssh.py says what it has to be.
+The machines are those of tests/machines.py. What is seen is printed as one JSON object on the last line;
+test_launch_ssh.py says what it has to be.
 """
 
 import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from tests.machines import PATIENCE_S, ROOT, Machine, bridge, reaches, told, wait_for
+
 LAPTOP, HEAD, WORKER = "10.77.0.1", "10.77.0.10", "10.77.0.11"
 PORT = 8265
-PATIENCE_S = 120.0
 
-MACHINE = r"""
-set -e
-folder=$1
-until ip link show eth0 >/dev/null 2>&1; do sleep 0.1; done
-ip link set lo up
-ip address add $2/24 dev eth0
-ip link set eth0 up
-ip route add default via 10.77.0.1 # to nowhere; Ray takes its own address from it
-mkdir -p $folder/root/.ssh $folder/ray
+SETUP = r"""
+mkdir -p $folder/root/.ssh
 cp $folder/../key.pub $folder/root/.ssh/authorized_keys
 chmod -R go-rwx $folder/root
 sed "s#^root:\([^:]*:[^:]*:[^:]*:[^:]*\):[^:]*:#root:\1:$folder/root:#" /etc/passwd > $folder/passwd
 mount --bind $folder/passwd /etc/passwd # Python itself may lie in the real home
-mkdir -p /tmp/ray
-mount --bind $folder/ray /tmp/ray
-mount -t tmpfs tmpfs /dev/shm
 mkdir -p /run/sshd
-/usr/sbin/sshd -D -e -f $folder/../sshd_config 2>$folder/sshd.log
+/usr/sbin/sshd -D -e -f $folder/../sshd_config 2>$folder/sshd.log &
 """
 
 SSHD = """
@@ -77,63 +63,11 @@ print("RESULT", json.dumps({"driver": ray.util.get_node_ip_address(), "task": wh
 """
 
 
-class Machine:
+def machine(folder: Path, name: str, address: str) -> Machine:
     """A machine that runs sshd."""
-
-    def __init__(self, folder: Path, name: str, address: str) -> None:
-        self.folder = folder / name
-        self.folder.mkdir()
-        outer = ["unshare", "--uts", "--pid", "--net", "--mount", "--mount-proc", "--fork", "--kill-child"]
-        self.process = subprocess.Popen([*outer, "bash", "-c", MACHINE, "bash", str(self.folder), address])
-        wait_for("a machine", lambda: self._inner() is not None)
-        link = f"veth-{name}"
-        ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", str(self._inner()))
-        ip("link", "set", link, "master", "br0", "up")
-        wait_for("sshd", lambda: reaches(address, 22))
-
-    def _inner(self) -> int | None:
-        """The machine's first process, as it is numbered here."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return int(children[0]) if children else None
-
-    def runs(self, program: str) -> bool:
-        """Whether a program of that name runs on it."""
-        return any(text.split("\0")[0].endswith(f"/{program}") for text in self.processes())
-
-    def processes(self) -> list[str]:
-        """Command lines and environments of all that runs on it."""
-        inside = f"/proc/{self._inner()}/root/proc"
-        texts = []
-        for entry in Path(inside).iterdir():
-            if entry.name.isdigit():
-                try:
-                    told = (entry / "cmdline").read_bytes() + b"\0" + (entry / "environ").read_bytes()
-                    texts.append(told.decode(errors="replace"))
-                except OSError:
-                    continue  # it has ended
-        return texts
-
-
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
-
-
-def reaches(address: str, port: int) -> bool:
-    try:
-        socket.create_connection((address, port), 1.0).close()
-    except OSError:
-        return False
-    return True
-
-
-def wait_for(what: str, there: Callable[[], bool]) -> dict[str, Any]:
-    """Nothing, once it is there. Raises TimeoutError."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not there():
-        if time.monotonic() > deadline:
-            raise TimeoutError(what)
-        time.sleep(0.3)
-    return {}
+    made = Machine(folder, name, address, gateway=LAPTOP, setup=SETUP)
+    wait_for("sshd", lambda: reaches(address, 22))
+    return made
 
 
 def luthier(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -143,10 +77,7 @@ def luthier(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def prepare(folder: Path) -> Path:
     """The laptop: its network, its home, its keys, and the cluster's file."""
-    ip("link", "set", "lo", "up")
-    ip("link", "add", "br0", "type", "bridge")
-    ip("address", "add", f"{LAPTOP}/24", "dev", "br0")
-    ip("link", "set", "br0", "up")
+    bridge("br0", LAPTOP)
     home = folder / "home"
     (folder / "ray").mkdir()
     home.mkdir()
@@ -167,7 +98,7 @@ def prepare(folder: Path) -> Path:
 def main(folder: Path) -> dict[str, Any]:
     """Up, look, submit, down; each step's findings, and under `failed` what did not come about."""
     file = str(prepare(folder))
-    machines = (Machine(folder, "head", HEAD), Machine(folder, "worker", WORKER))
+    machines = (machine(folder, "head", HEAD), machine(folder, "worker", WORKER))
     seen: dict[str, Any] = {"failed": []}
     steps: list[Callable[[], dict[str, Any]]] = [
         lambda: {"up": told(luthier("up", file, "--yes"))},
@@ -188,11 +119,6 @@ def main(folder: Path) -> dict[str, Any]:
         file_there = folder / "head" / "ray" / Path(os.readlink(logs.parent)).name / "logs" / name
         seen[name] = file_there.read_text()[-3000:] if file_there.exists() else ""
     return seen
-
-
-def told(done: subprocess.CompletedProcess[str]) -> list[Any]:
-    """Exit code and the end of what was printed."""
-    return [done.returncode, done.stdout[-3000:] + done.stderr[-3000:]]
 
 
 def look(folder: Path, machines: tuple[Machine, ...]) -> dict[str, Any]:

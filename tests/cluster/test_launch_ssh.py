@@ -1,47 +1,26 @@
 """`luthier cluster up` on two machines with real sshd, `ray up` and Ray's autoscaler, from a laptop beside them.
 
-The machines are namespaces (lab.py): own addresses, processes, homes. It takes two minutes and 2 GB.
+The machines are namespaces (tests/machines.py): own addresses, processes, homes. It takes two minutes and 2 GB.
 """
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.lab import HEAD, WORKER
+from tests.machines import isolated
 
-ROOT = Path(__file__).parents[2]
-MISSING = [tool for tool in ("ip", "rsync", "ssh", "ssh-keygen", "unshare", "/usr/sbin/sshd") if not shutil.which(tool)]
-ISOLATE = ["unshare", "--net", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
+SSHD = "/usr/sbin/sshd"
 
-pytestmark = [
-    pytest.mark.long,
-    pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root"),
-    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {' '.join(MISSING)}"),
-]
+pytestmark = pytest.mark.long
 
 
 def test_a_cluster_over_ssh_comes_up_closed_works_and_goes(tmp_path: Path) -> None:
-    command = [
-        *ISOLATE,
-        "bash",
-        "-c",
-        '"$@"; exit $?',
-        "bash",
-        sys.executable,
-        "-m",
-        "tests.cluster.lab",
-        str(tmp_path),
-    ]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(command, cwd=ROOT, env=inherited, capture_output=True, text=True, timeout=500)
-    check(json.loads(done.stdout.splitlines()[-1]), done.stderr)
+    seen, complaints = isolated("tests.cluster.lab", tmp_path, "rsync", "ssh", "ssh-keygen", SSHD, timeout_s=500)
+    check(seen, complaints)
 
 
 def check(seen: dict[str, Any], complaints: str) -> None:

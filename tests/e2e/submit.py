@@ -52,6 +52,18 @@ def train(cluster: LocalCluster, recipe: Path, *overrides: str) -> Submitted:
     return submit(cluster, "python", "-m", "jobs.train", str(recipe), *overrides)
 
 
+def luthier(cluster: LocalCluster, *arguments: str, **variables: str) -> "subprocess.Popen[str]":
+    """`luthier jobs …` from this checkout, as somebody who has the cluster's token."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs", *arguments],
+        cwd=ROOT,
+        env={**cluster.environment(), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def write_rows(path: Path, rows: Sequence[object]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -59,7 +71,7 @@ def write_rows(path: Path, rows: Sequence[object]) -> Path:
 
 def write_recipe(
     folder: Path,
-    model: Path,
+    model: Path | str,
     data: Sequence[Path | str],
     *,
     name: str = "test",

@@ -1,7 +1,6 @@
 """From a laptop that reaches a cluster's dashboard and nothing else."""
 
 import subprocess
-import sys
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -16,7 +15,7 @@ from cluster.store import open_store
 from cluster.submit import Cluster, Submission
 from jobs import runs
 from tests.conftest import TinyModels
-from tests.e2e.submit import ROOT, write_recipe
+from tests.e2e.submit import luthier, write_recipe
 from tests.faults.proxy import Proxy
 
 LINES = 400
@@ -45,17 +44,6 @@ def work(tmp_path: Path) -> Path:
 
 def job(name: str, *command: str) -> Submission:
     return Submission(name, ["python", *command], does="this", metadata={"user": "somebody"})
-
-
-def luthier(cluster: LocalCluster, *arguments: str, **variables: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "jobs", *arguments],
-        cwd=ROOT,
-        env={**cluster.environment(), **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
