@@ -1,4 +1,4 @@
-"""The watcher of a spot node: `python -m cluster.spot aws|gcp|azure`, beside Ray on each of them.
+"""The watcher of a spot node: `python -m cluster.spot aws|gcp|azure`, beside Ray on each of them; or `pod`.
 
 Clouds announce that they take a spot machine away, 30 s (Google, Azure) to two minutes (Amazon) before they do, to
 whoever asks the machine's own metadata service; nothing in Ray asks. This does, and drains the node with the time that
@@ -9,6 +9,9 @@ The services' answers, as their makers document them:
     aws    PUT /latest/api/token, GET /latest/meta-data/spot/instance-action    404, or {"action": …, "time": …}
     gcp    GET /computeMetadata/v1/instance/preempted               FALSE, or TRUE
     azure  GET /metadata/scheduledevents                               {"Events": [{"EventType": "Preempt", …}]}
+
+Kubernetes hears these notices itself, and evicts the machine's pods: `pod` is what a worker's `preStop` hook runs. It
+drains at once, and returns when Ray has left the node or the time is over; only then is Ray told to end.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 import httpx
 
@@ -30,6 +34,11 @@ METADATA = {
 POLL_S = 2.0
 _TIMEOUT_S = 2.0
 _GCS_TIMEOUT_S = 10.0
+POD = "pod"
+POD_GRACE_S = 120
+"""What the pods of workers ask of Kubernetes, from the eviction to their end; a machine that is taken may give less."""
+
+_POD_MARGIN_S = 10.0  # for Ray's own end
 _GOOGLES_NOTICE_S = 30.0  # Google says that it will be, not when; it is after so long
 
 
@@ -90,12 +99,10 @@ def watch(ask: Callable[[httpx.Client], float | None], metadata: str) -> float:
 def drain(gcs: str, left_s: float) -> bool:
     """Tell Ray that this node is about to go. Whether Ray has agreed; an idle node may have gone already."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.core.generated import autoscaler_pb2, gcs_pb2
+    from ray.core.generated import autoscaler_pb2
 
     client = GcsClient(address=gcs)
-    ours = _node_id(
-        client.get_all_node_info(timeout=_TIMEOUT_S * 5, state_filter=gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE)
-    )
+    ours = _our_node(client)
     if ours is None:
         return False
     deadline_ms = int((time.time() + left_s) * 1000)
@@ -106,13 +113,27 @@ def drain(gcs: str, left_s: float) -> bool:
     return bool(agreed)
 
 
+def leave(gcs: str, left_s: float) -> None:
+    """Drain this node, and wait until it is empty and Ray has left it, or the time is over."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    until = time.monotonic() + left_s
+    drain(gcs, left_s)
+    client = GcsClient(address=gcs)
+    while time.monotonic() < until and _our_node(client) is not None:
+        time.sleep(POLL_S / 2)
+
+
 def main() -> int:
     """Watch, drain, and end."""
     parser = argparse.ArgumentParser(prog="python -m cluster.spot", description=__doc__.partition("\n")[0])
-    parser.add_argument("cloud", choices=CLOUDS)
+    parser.add_argument("cloud", choices=(*CLOUDS, POD))
     parser.add_argument("--gcs", required=True, help="host:port of the head")
     parser.add_argument("--metadata", help="address of the metadata service; default: the cloud's own")
     given = parser.parse_args()
+    if given.cloud == POD:
+        leave(given.gcs, POD_GRACE_S - _POD_MARGIN_S)
+        return 0
     left = watch(CLOUDS[given.cloud], given.metadata or METADATA[given.cloud])
     return 0 if drain(given.gcs, left) else 1
 
@@ -121,12 +142,15 @@ def _seconds_until(when: datetime) -> float:
     return max(0.0, (when - datetime.now(UTC)).total_seconds())
 
 
-def _node_id(nodes: dict[object, object]) -> str | None:
-    """Ray's id of this machine's node: by the id that the provider gave it, else by its name."""
+def _our_node(client: Any) -> str | None:
+    """Ray's id of this machine's node, while it lives: by the id that the provider gave it, else by its name."""
+    from ray.core.generated import gcs_pb2
+
+    nodes = client.get_all_node_info(timeout=_GCS_TIMEOUT_S, state_filter=gcs_pb2.GcsNodeInfo.GcsNodeState.ALIVE)
     given, host = os.environ.get("RAY_CLOUD_INSTANCE_ID"), os.uname().nodename
     for each in nodes.values():
-        if (each.instance_id == given) if given else (each.node_manager_hostname == host):  # type: ignore[attr-defined]
-            return str(each.node_id.hex())  # type: ignore[attr-defined]
+        if (each.instance_id == given) if given else (each.node_manager_hostname == host):
+            return str(each.node_id.hex())
     return None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from cluster import env
+from cluster import env, spot
 from cluster.launch.release import Release
 from cluster.launch.spec import HeadPod, Kubernetes, PodGroup
 
@@ -145,8 +145,13 @@ def _workers(name: str, provider: Kubernetes, group_name: str, group: PodGroup) 
     resources = {"cpu": str(group.cpus), "memory": _gib(group.memory_gb)}
     if group.gpus:
         resources["nvidia.com/gpu"] = str(group.gpus)
-    template = _pod(name, provider, _container("ray-worker", provider, resources))
+    container = _container("ray-worker", provider, resources)
+    # Whoever ends the pod (a machine that is taken, an eviction), training saves and moves before Ray is told to end.
+    leave = f'exec python -m cluster.spot {spot.POD} --gcs "$RAY_ADDRESS"'  # KubeRay sets it
+    container["lifecycle"] = {"preStop": {"exec": {"command": ["sh", "-c", leave]}}}
+    template = _pod(name, provider, container)
     template["spec"] |= {
+        "terminationGracePeriodSeconds": spot.POD_GRACE_S,
         "automountServiceAccountToken": False,
         **({"serviceAccountName": provider.worker_account} if provider.worker_account else {}),
         **({"nodeSelector": group.node_selector} if group.node_selector else {}),
