@@ -58,9 +58,7 @@ def test_a_healthy_cluster_has_no_fault(ray_cluster: LocalCluster, store: Store,
     said = {each["check"]: each for each in found}
     nodes = len(ray_cluster.alive())
     assert len(said["token asked for"]["nodes"]) == nodes
-    asked = re.search(
-        r"(\d+) refuse", said["token asked for"]["seen"]
-    )  # raylet, two agents; GCS, dashboard
+    asked = re.search(r"(\d+) refuse", said["token asked for"]["seen"])  # raylet, two agents; GCS, dashboard
     assert asked
     assert int(asked[1]) >= 3 * nodes + 2
     assert "127.0.0.1" in said["dashboard on loopback"]["seen"]
