@@ -3,12 +3,14 @@
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from pydantic import TypeAdapter
 
@@ -488,6 +490,28 @@ def test_a_port_is_asked_what_it_says_to_a_stranger() -> None:
         with answering(status, body) as port:
             assert sockets.ask("dashboard", "0.0.0.0", port) == says
     assert sockets.ask("dashboard", "127.0.0.1", 9) == "unknown"  # nothing listens there
+
+
+@pytest.mark.parametrize(
+    ("process", "asks_token", "says"), [("gcs", True, "refuses"), ("gcs", False, "open"), ("raylet", True, "unknown")]
+)
+def test_a_port_of_grpc_is_asked_too(process: str, asks_token: bool, says: str) -> None:
+    """A real server with the GCS' method, which a raylet does not have."""
+
+    def nodes(request: bytes, context: Any) -> bytes:
+        if asks_token:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
+        return b""
+
+    method = grpc.unary_unary_rpc_method_handler(nodes)
+    server = grpc.server(ThreadPoolExecutor(1))
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("ray.rpc.NodeInfoGcsService", {"GetAllNodeInfo": method}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    assert sockets.ask(process, "127.0.0.1", port) == says
+    server.stop(None).wait()
 
 
 @contextmanager
