@@ -102,6 +102,7 @@ def test_a_shape_that_no_node_has(cluster: LocalCluster, jobs: Jobs) -> None:
     assert "big has 2 CPU" in found.evidence
 
 
+@pytest.mark.long
 def test_an_autoscaler_that_has_died(cluster: LocalCluster, jobs: Jobs) -> None:
     """Stopped, not killed: `ray start --block` would end with it, where a head on a cloud goes on without."""
     until(lambda: "big" not in cluster.nodes(), cluster.nodes)
@@ -128,7 +129,6 @@ def test_an_environment_that_cannot_be_made(cluster: LocalCluster, jobs: Jobs) -
     assert "Conda" in named(cluster, Cause.ENVIRONMENT, "wrong").evidence
 
 
-@pytest.mark.long
 def test_workers_that_ask_for_nothing(cluster: LocalCluster, jobs: Jobs) -> None:
     jobs.start("modesty", program("@ray.remote(num_cpus=0)", *ACTOR, "ray.get(Worker.remote().work.remote())"))
     assert "Worker" in named(cluster, Cause.FORGOTTEN, "modesty").evidence
@@ -227,7 +227,6 @@ def test_a_replica_that_cannot_start_and_an_adapter_that_is_missing(
         start(cluster, "serving", "shutdown", "--address", cluster.address).communicate(timeout=DEADLINE_S)
 
 
-@pytest.mark.long
 def test_another_token_another_ray_and_no_cluster(
     cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +241,6 @@ def test_another_token_another_ray_and_no_cluster(
     assert named(cluster, Cause.VERSION)
 
 
-@pytest.mark.long
 def test_an_unknown_run_is_bad_input(cluster: LocalCluster) -> None:
     code, out, err = said(cluster, "nonesuch")
     assert (code, out) == (2, "")

@@ -36,10 +36,10 @@ ACTOR = ("class Worker:", "    def work(self): time.sleep(1000)")
 def troubled(cache: Path) -> Iterator[LocalCluster]:
     """A head without CPUs, two groups behind Ray's autoscaler, and this process with the cluster's token.
 
-    The GCS writes down what it has counted every 3 s here, not every minute: the autoscaler reports once a second.
+    The GCS writes down what it has counted every 5 s here, not every minute: the autoscaler reports once a second.
     Nodes are looked at every 2 s, not 15.
     """
-    often = {"RAY_event_stats_print_interval_ms": "3000", "NODE_STATS_UPDATE_INTERVAL_SECONDS": "2"}
+    often = {"RAY_event_stats_print_interval_ms": "5000", "NODE_STATS_UPDATE_INTERVAL_SECONDS": "2"}
     variables = {"LUTHIER_CACHE": str(cache), **often}
     with (
         LocalCluster(groups=[SMALL, BIG], variables=variables, idle_s=3) as cluster,
