@@ -31,6 +31,7 @@ from cluster.who import user
 _TIMEOUT_S = 10.0
 _AGAIN_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between looks at a cluster that does not answer
 _HEARTBEAT_S = 20.0
+_LOOKS = 3  # at the log of a job that is over: it lies on its driver's node, which leaves a cluster that scales
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 """Ray's states of a job that is over."""
@@ -121,8 +122,9 @@ class Cluster:
 
         A connection that breaks, or a laptop that sleeps, is no end: it is asked again, and goes on where it was.
         """
-        printed = failures = 0
+        printed = failures = missed = 0
         while True:
+            before = printed
             try:
                 printed, is_whole = asyncio.run(self._tail(submission_id, printed))
                 job = self._job(submission_id)
@@ -134,7 +136,12 @@ class Cluster:
                 failures += 1
                 continue
             failures = 0
-            if job is None or (job["status"] in ENDED and is_whole):
+            is_over = job is None or job["status"] in ENDED
+            if is_over and is_whole:
+                break
+            missed = missed + 1 if is_over and printed == before else 0
+            if missed == _LOOKS:
+                print("the rest of the log cannot be read: the node that has it may be gone", file=sys.stderr)
                 break
             time.sleep(_AGAIN_S[0])  # it waits for its nodes, or the socket has broken
         if job and job["status"] == "SUCCEEDED":
