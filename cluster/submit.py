@@ -171,19 +171,24 @@ class Cluster:
         """
         seen = 0
         url = f"{self.address}/api/jobs/{submission_id}/logs/tail"
-        async with (
-            aiohttp.ClientSession(headers=_headers()) as session,
-            # A connection that a sleeping laptop has lost is silent: only a heartbeat shows it.
-            session.ws_connect(url, heartbeat=_HEARTBEAT_S) as socket,
-        ):
-            async for message in socket:
-                if message.type is aiohttp.WSMsgType.TEXT:
-                    new = message.data[max(0, printed - seen) :]
-                    seen += len(message.data)
-                    if new:
-                        print(new, end="", flush=True)
-                        printed = seen
-            return printed, socket.close_code == aiohttp.WSCloseCode.OK
+        try:
+            async with (
+                aiohttp.ClientSession(headers=_headers()) as session,
+                # A connection that a sleeping laptop has lost is silent: only a heartbeat shows it.
+                session.ws_connect(url, heartbeat=_HEARTBEAT_S) as socket,
+            ):
+                async for message in socket:
+                    if message.type is aiohttp.WSMsgType.TEXT:
+                        new = message.data[max(0, printed - seen) :]
+                        seen += len(message.data)
+                        if new:
+                            print(new, end="", flush=True)
+                            printed = seen
+                return printed, socket.close_code == aiohttp.WSCloseCode.OK
+        except aiohttp.WSServerHandshakeError as error:
+            if error.status != httpx.codes.NOT_FOUND:
+                raise
+            return printed, True  # a head that has restarted may know the job no longer
 
     def _job(self, submission_id: str) -> dict[str, Any] | None:
         answer = self._ask(f"/api/jobs/{submission_id}")

@@ -1,4 +1,4 @@
-"""Following a job whose log has gone with its node: a dashboard that knows how it ended, and breaks off its log.
+"""Following a job that has ended unseen: its log has gone with its node, or the dashboard knows it no longer.
 
 tests/e2e/test_autoscaling.py has the same from a real cluster.
 """
@@ -14,6 +14,8 @@ from aiohttp import web
 
 from cluster.submit import Cluster
 
+pytestmark = pytest.mark.timeout(60)  # both were followed for ever
+
 PRINTED = "step 1\nstep 2\n"
 
 
@@ -22,6 +24,7 @@ class Dashboard:
 
     def __init__(self) -> None:
         self.tails = [PRINTED, PRINTED[:7], PRINTED]
+        self.knows_the_job = True
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
@@ -45,9 +48,13 @@ class Dashboard:
         return web.json_response({"data": {"pythonVersion": python_version()}})
 
     async def _job(self, _: web.Request) -> web.Response:
+        if not self.knows_the_job:
+            raise web.HTTPNotFound
         return web.json_response({"status": "FAILED", "message": "no", "driver_exit_code": 2})
 
     async def _tail(self, request: web.Request) -> web.WebSocketResponse:
+        if not self.knows_the_job:
+            raise web.HTTPNotFound
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         if self.tails:
@@ -70,9 +77,14 @@ def dashboard() -> Iterator[Dashboard]:
     made.close()
 
 
-@pytest.mark.timeout(60)  # it was followed for ever
 def test_a_job_whose_log_is_gone_has_its_exit_code(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
     assert Cluster(dashboard.address).follow("some-job") == 2
     out, err = capsys.readouterr()
     assert out == PRINTED
     assert "the node that has it may be gone" in err
+
+
+def test_a_job_that_nobody_knows_any_more_has_failed(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
+    dashboard.knows_the_job = False
+    assert Cluster(dashboard.address).follow("some-job") == 1
+    assert "knows it no longer" in capsys.readouterr().err
