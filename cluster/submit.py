@@ -32,6 +32,7 @@ _TIMEOUT_S = 10.0  # without a word
 _READ_S = 30.0  # for all of an answer
 _AGAIN_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between looks at a cluster that does not answer
 _HEARTBEAT_S = 20.0
+_LOOKS = 3  # at the log of a job that is over: it lies on its driver's node, which leaves a cluster that scales
 
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 """Ray's states of a job that is over."""
@@ -148,8 +149,9 @@ class Cluster:
 
         A connection that breaks, or a laptop that sleeps, is no end: it is asked again, and goes on where it was.
         """
-        printed = failures = 0
+        printed = failures = missed = 0
         while True:
+            before = printed
             try:
                 printed, is_whole = asyncio.run(self._tail(submission_id, printed))
                 job = self._job(submission_id)
@@ -161,7 +163,12 @@ class Cluster:
                 failures += 1
                 continue
             failures = 0
-            if job is None or (job["status"] in ENDED and is_whole):
+            is_over = job is None or job["status"] in ENDED
+            if is_over and is_whole:
+                break
+            missed = missed + 1 if is_over and printed == before else 0
+            if missed == _LOOKS:
+                print("the rest of the log cannot be read: the node that has it may be gone", file=sys.stderr)
                 break
             time.sleep(_AGAIN_S[0])  # it waits for its nodes, or the socket has broken
         if job and job["status"] == "SUCCEEDED":
@@ -194,19 +201,24 @@ class Cluster:
         """
         seen = 0
         url = f"{self.address}/api/jobs/{submission_id}/logs/tail"
-        async with (
-            aiohttp.ClientSession(headers=headers()) as session,
-            # A connection that a sleeping laptop has lost is silent: only a heartbeat shows it.
-            session.ws_connect(url, heartbeat=_HEARTBEAT_S) as socket,
-        ):
-            async for message in socket:
-                if message.type is aiohttp.WSMsgType.TEXT:
-                    new = message.data[max(0, printed - seen) :]
-                    seen += len(message.data)
-                    if new:
-                        print(new, end="", flush=True)
-                        printed = seen
-            return printed, socket.close_code == aiohttp.WSCloseCode.OK
+        try:
+            async with (
+                aiohttp.ClientSession(headers=headers()) as session,
+                # A connection that a sleeping laptop has lost is silent: only a heartbeat shows it.
+                session.ws_connect(url, heartbeat=_HEARTBEAT_S) as socket,
+            ):
+                async for message in socket:
+                    if message.type is aiohttp.WSMsgType.TEXT:
+                        new = message.data[max(0, printed - seen) :]
+                        seen += len(message.data)
+                        if new:
+                            print(new, end="", flush=True)
+                            printed = seen
+                return printed, socket.close_code == aiohttp.WSCloseCode.OK
+        except aiohttp.WSServerHandshakeError as error:
+            if error.status != httpx.codes.NOT_FOUND:
+                raise
+            return printed, True  # a head that has restarted may know the job no longer
 
     def _job(self, submission_id: str) -> dict[str, Any] | None:
         answer = self._ask(f"/api/jobs/{submission_id}")

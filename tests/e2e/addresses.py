@@ -82,22 +82,27 @@ class Cluster:
         self._start(head, *options, "--num-cpus=0")
         wait_for("the dashboard", lambda: bool(self.addresses()))
         for each in workers:
-            self._start(each, f"--address={HEAD}:{GCS}", "--num-cpus=1")
+            self._start(each, f"--address={HEAD}:{GCS}", "--num-cpus=3")
         wait_for("the workers", lambda: len(self.addresses()) == len(self.machines))
 
     def addresses(self) -> list[str]:
         """Of Ray's nodes."""
-        nodes = self.asked("/nodes?view=summary").get("summary", [])
+        told = self.asked("/nodes?view=summary")
+        nodes = told["data"]["summary"] if told else []
         return sorted(node["raylet"]["nodeManagerAddress"] for node in nodes if node["raylet"].get("state") == "ALIVE")
 
-    def asked(self, path: str) -> dict[str, Any]:
-        """What the dashboard says, asked from within the cluster's network; nothing before it is there."""
+    def driver(self) -> str:
+        """The address of the node that the job's driver ran on."""
+        (job,) = self.asked("/api/jobs/")
+        return str(httpx.URL(job["driver_agent_http_address"]).host)
+
+    def asked(self, path: str) -> Any:
+        """What the dashboard says, asked from within the cluster's network; None before it is there."""
         try:
             answer = httpx.get(f"{URL}{path}", headers={"Authorization": f"Bearer {self.token}"}, timeout=10)
-            found: dict[str, Any] = answer.json()["data"] if answer.is_success else {}
         except httpx.TransportError:
-            return {}
-        return found
+            return None
+        return answer.json() if answer.is_success else None
 
     def listening(self) -> list[tuple[str, int]]:
         """Every port that something listens on, on every machine, but for those on loopback."""
@@ -139,7 +144,9 @@ def open_to(machine: Machine, places: Iterable[tuple[str, int]]) -> list[list[An
 
 def submits(laptop: Machine, work: Path, token: str) -> dict[str, Any]:
     """Without a token, with a wrong one, and with the cluster's."""
-    command = [sys.executable, "-m", "jobs", "submit", "addresses.yaml", "train.workers=2", "--address", URL]
+    # Two CPUs for each rank and one for the driver, on nodes of three: whichever has the driver, each has one rank.
+    settings = ["train.workers=2", "cluster.cpus_per_worker=2", "cluster.driver_cpus=1"]
+    command = [sys.executable, "-m", "jobs", "submit", "addresses.yaml", *settings, "--address", URL]
 
     def run(given: str | None) -> "subprocess.CompletedProcess[str]":
         file = laptop.folder / "root/token"
@@ -179,6 +186,7 @@ def main(folder: Path) -> dict[str, Any]:
             "open to the laptop": open_to(laptop, places),
             "seen of the laptop": [os.listdir(work), cluster.machines[1].run(["ls", str(work)], {}).stdout],
             **submits(laptop, work, cluster.token),
+            "driver": cluster.driver(),
         }
         os.environ |= s3.env
         store = open_store(f"s3://{s3.bucket}/addresses")

@@ -35,6 +35,7 @@ def test_a_job_is_submitted_through_one_port_and_trains_on_two_addresses(tmp_pat
     assert seen["last"]["state"] == "succeeded", said
     assert (seen["last"]["step"], seen["last"]["adapter"]) == (8, "addresses@1"), said
     assert seen["ranks"] in [dict(zip(order, "01", strict=True)) for order in (WORKERS, WORKERS[::-1])], said
+    assert seen["driver"] in WORKERS, "the head computes nothing"
     assert seen["world sizes"] == [2] * 8, said
     assert not any(event.startswith("failure") for event in seen["events"]), said
     assert seen["adapter"] is True, said

@@ -1,23 +1,31 @@
 """A cluster that is nothing but a head without CPUs, until somebody submits a job: Ray's own autoscaler, real nodes."""
 
+import json
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from ray.job_submission import JobSubmissionClient
 
-from cluster import ledger
+from cluster import ledger, registry, spot
+from cluster.launch.spec import MARKET
+from cluster.market import FIRST_S
 from cluster.nodes import Group, LocalCluster
 from cluster.store import open_store
+from cluster.submit import ENDED
 from jobs import runs
 from tests.conftest import TinyModels
-from tests.e2e.submit import DEADLINE_S, train, write_recipe
+from tests.e2e.submit import DEADLINE_S, luthier, train, write_recipe
 from tests.servers import S3Server
 
 SPOT, ON_DEMAND = Group("spot", {"CPU": 1}, most=3, spot=True), Group("on-demand", {"CPU": 1}, most=3)
@@ -115,6 +123,36 @@ def counted(cluster: LocalCluster) -> Iterator[list[Look]]:
         looking.join()
 
 
+def most(seen: list[Look], group: str) -> int:
+    """The most nodes that a group had at any time."""
+    return max(each.groups.get(group, 0) for each in seen)
+
+
+def is_open(cluster: LocalCluster, group: str) -> bool:
+    """Whether the autoscaler may start nodes of a group, as its own file says."""
+    kinds = json.loads((cluster.folder / "autoscaler.yaml").read_text())["available_node_types"]
+    return bool(kinds[group]["max_workers"])
+
+
+def labels_by_node(cluster: LocalCluster) -> dict[str, dict[str, str]]:
+    """The labels of Ray's nodes, by id."""
+    nodes = json.loads(asked(cluster, "/nodes?view=summary"))["data"]["summary"]
+    return {node["raylet"]["nodeId"]: node["raylet"].get("labels", {}) for node in nodes if "nodeId" in node["raylet"]}
+
+
+def submitted(cluster: LocalCluster, text: str) -> dict[str, Any]:
+    """The job whose entry point has that text, as Ray's dashboard knows it."""
+    jobs: list[dict[str, Any]] = json.loads(asked(cluster, "/api/jobs/"))
+    return next(each for each in jobs if text in each["entrypoint"])
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def wait_until_gone(cluster: LocalCluster, within_s: float) -> None:
     deadline = time.monotonic() + within_s
     while cluster.nodes():
@@ -197,14 +235,78 @@ def test_a_spot_node_that_is_taken_costs_no_step(elastic: LocalCluster, metadata
 
 
 @pytest.mark.long
-def test_without_spot_capacity_it_is_on_demand_within_a_minute(elastic: LocalCluster, recipe: Path) -> None:
+def test_what_a_pod_runs_before_its_end_drains_its_node_and_waits_until_it_is_empty(elastic: LocalCluster) -> None:
+    token = Path(elastic.environment()["RAY_AUTH_TOKEN_PATH"]).read_text()
+    client = JobSubmissionClient(elastic.dashboard_url, headers={"Authorization": f"Bearer {token}"})
+    job = client.submit_job(entrypoint="python -c 'import time; time.sleep(1000)'", entrypoint_num_cpus=1)
+    wait_until(lambda: client.get_job_status(job).value == "RUNNING")
+    (node,) = (node for nodes in elastic.nodes().values() for node in nodes)
+    hook = subprocess.Popen(
+        [sys.executable, "-m", "cluster.spot", spot.POD, "--gcs", elastic.address],
+        env={**elastic.environment(), "RAY_CLOUD_INSTANCE_ID": node},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert hook.stdout
+    assert "drains" in hook.stdout.readline()
+    assert hook.poll() is None, "the node has work, so the hook waits"
+    client.stop_job(job)
+    hook.communicate(timeout=DEADLINE_S)
+    assert hook.returncode == 0
+    wait_until(lambda: not elastic.nodes())
+
+
+@pytest.mark.long
+def test_without_spot_capacity_it_is_on_demand_within_a_minute_and_spot_again_when_there_is_some(
+    elastic: LocalCluster, recipe: Path
+) -> None:
     wait_until_gone(elastic, 60)
     elastic.sell_out("spot")
     began = time.monotonic()
     with counted(elastic) as seen:
         result = train(elastic, recipe, *TWO).result
     assert result["state"] == "succeeded"
-    assert max(each.groups.get("on-demand", 0) for each in seen) == 2
-    assert min(each.at for each in seen if each.groups.get("on-demand")) - began < 60
+    assert most(seen, "on-demand") == 2
+    assert most(seen, "spot") == 0
+    first = min(each.at for each in seen if each.groups.get("on-demand"))
+    assert first - began < 60
     elastic.sell_out()
     wait_until_gone(elastic, 60)
+    while not is_open(elastic, "spot"):
+        assert time.monotonic() - began < FIRST_S + 60
+        time.sleep(0.2)
+    opened = time.monotonic()
+    with counted(elastic) as seen:
+        result = train(elastic, recipe, *TWO).result
+    assert result["state"] == "succeeded"
+    assert (most(seen, "spot"), most(seen, "on-demand")) == (2, 0)
+    again = min(each.at for each in seen if each.groups.get("spot"))
+    told = (f"on-demand {first - began:.1f} s", f"open again {opened - began:.1f} s", f"spot {again - began:.1f} s")
+    print("since the first submit:", *told)
+    wait_until_gone(elastic, 60)
+
+
+@pytest.mark.long
+def test_a_submitted_jobs_driver_is_neither_on_the_head_nor_on_spot(elastic: LocalCluster, recipe: Path) -> None:
+    """Its exit code is told even when the log has gone with the driver's node."""
+    (head,) = elastic.alive()
+    command = ("submit", str(recipe), *TWO, "cluster.driver_cpus=1", "publish.name=off-head")
+    labels: dict[str, dict[str, str]] = {}
+    with counted(elastic) as seen:
+        process = luthier(elastic, *command, "--detach")
+        out, err = process.communicate()
+        assert process.returncode == 0, out + err
+        while (job := submitted(elastic, "driver_cpus=1"))["status"] not in ENDED:
+            labels |= labels_by_node(elastic)
+            time.sleep(0.5)
+    assert job["status"] == "SUCCEEDED"
+    assert registry.resolve(open_store(f"file://{recipe.parent}/store"), "off-head").version == 1
+    assert (most(seen, "spot"), most(seen, "on-demand")) == (2, 1)
+    assert job["driver_node_id"] != head
+    assert labels[job["driver_node_id"]][MARKET] == "on-demand"
+    wait_until_gone(elastic, 60)
+    process = luthier(elastic, *command)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, out + err
+    assert "was submitted before" in out
+    assert "the node that has it may be gone" in err

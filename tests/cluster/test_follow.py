@@ -1,0 +1,90 @@
+"""Following a job that has ended unseen: its log has gone with its node, or the dashboard knows it no longer.
+
+tests/e2e/test_autoscaling.py has the same from a real cluster.
+"""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from importlib.metadata import version
+from platform import python_version
+
+import pytest
+from aiohttp import web
+
+from cluster.submit import Cluster
+
+pytestmark = pytest.mark.timeout(60)  # both were followed for ever
+
+PRINTED = "step 1\nstep 2\n"
+
+
+class Dashboard:
+    """Answers as Ray's does. The log breaks off after what is left of it."""
+
+    def __init__(self) -> None:
+        self.tails = [PRINTED, PRINTED[:7], PRINTED]
+        self.knows_the_job = True
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self.address = asyncio.run_coroutine_threadsafe(self._serve(), self._loop).result()
+
+    async def _serve(self) -> str:
+        app = web.Application()
+        app.router.add_get("/api/version", self._version)
+        app.router.add_get("/api/v0/cluster_metadata", self._metadata)
+        app.router.add_get("/api/jobs/{id}", self._job)
+        app.router.add_get("/api/jobs/{id}/logs/tail", self._tail)
+        self._runner = web.AppRunner(app)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def _version(self, _: web.Request) -> web.Response:
+        return web.json_response({"ray_version": version("ray")})
+
+    async def _metadata(self, _: web.Request) -> web.Response:
+        return web.json_response({"data": {"pythonVersion": python_version()}})
+
+    async def _job(self, _: web.Request) -> web.Response:
+        if not self.knows_the_job:
+            raise web.HTTPNotFound
+        return web.json_response({"status": "FAILED", "message": "no", "driver_exit_code": 2})
+
+    async def _tail(self, request: web.Request) -> web.WebSocketResponse:
+        if not self.knows_the_job:
+            raise web.HTTPNotFound
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        if self.tails:
+            await socket.send_str(self.tails.pop(0))
+        assert request.transport
+        request.transport.close()
+        return socket
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._runner.cleanup(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+@pytest.fixture
+def dashboard() -> Iterator[Dashboard]:
+    made = Dashboard()
+    yield made
+    made.close()
+
+
+def test_a_job_whose_log_is_gone_has_its_exit_code(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Cluster(dashboard.address).follow("some-job") == 2
+    out, err = capsys.readouterr()
+    assert out == PRINTED
+    assert "the node that has it may be gone" in err
+
+
+def test_a_job_that_nobody_knows_any_more_has_failed(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
+    dashboard.knows_the_job = False
+    assert Cluster(dashboard.address).follow("some-job") == 1
+    assert "knows it no longer" in capsys.readouterr().err
