@@ -164,7 +164,8 @@ class Cluster:
                 continue
             failures = 0
             is_over = job is None or job["status"] in ENDED
-            if is_over and is_whole:
+            has_log = job is not None and job["driver_node_id"] is not None  # it may have failed before it had a node
+            if is_over and (is_whole or not has_log):
                 break
             missed = missed + 1 if is_over and printed == before else 0
             if missed == _LOOKS:
@@ -214,7 +215,8 @@ class Cluster:
                         if new:
                             print(new, end="", flush=True)
                             printed = seen
-                return printed, socket.close_code == aiohttp.WSCloseCode.OK
+                # Ray closes it in order, too, when the node with the log is gone: then less comes than came before.
+                return printed, socket.close_code == aiohttp.WSCloseCode.OK and seen >= max(printed, 1)
         except aiohttp.WSServerHandshakeError as error:
             if error.status != httpx.codes.NOT_FOUND:
                 raise

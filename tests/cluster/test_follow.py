@@ -14,16 +14,19 @@ from aiohttp import web
 
 from cluster.submit import Cluster
 
-pytestmark = pytest.mark.timeout(60)  # both were followed for ever
+pytestmark = pytest.mark.timeout(60)
 
+ENDED = {"status": "FAILED", "message": "no", "driver_exit_code": 2}
 PRINTED = "step 1\nstep 2\n"
 
 
 class Dashboard:
-    """Answers as Ray's does. The log breaks off after what is left of it."""
+    """Answers as Ray's does. The log ends after what is left of it."""
 
     def __init__(self) -> None:
-        self.tails = [PRINTED, PRINTED[:7], PRINTED]
+        self.tails = [PRINTED, PRINTED[:7]]
+        self.closes_in_order = False
+        self.node: str | None = "gone"
         self.knows_the_job = True
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
@@ -50,7 +53,7 @@ class Dashboard:
     async def _job(self, _: web.Request) -> web.Response:
         if not self.knows_the_job:
             raise web.HTTPNotFound
-        return web.json_response({"status": "FAILED", "message": "no", "driver_exit_code": 2})
+        return web.json_response({**ENDED, "driver_node_id": self.node})
 
     async def _tail(self, request: web.Request) -> web.WebSocketResponse:
         if not self.knows_the_job:
@@ -59,8 +62,9 @@ class Dashboard:
         await socket.prepare(request)
         if self.tails:
             await socket.send_str(self.tails.pop(0))
-        assert request.transport
-        request.transport.close()
+        if not self.closes_in_order:
+            assert request.transport
+            request.transport.close()
         return socket
 
     def close(self) -> None:
@@ -77,10 +81,16 @@ def dashboard() -> Iterator[Dashboard]:
     made.close()
 
 
-def test_a_job_whose_log_is_gone_has_its_exit_code(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("closes_in_order", [True, False])
+def test_a_job_whose_log_is_gone_has_its_exit_code(
+    dashboard: Dashboard, capsys: pytest.CaptureFixture[str], closes_in_order: bool
+) -> None:
+    if closes_in_order:
+        dashboard.closes_in_order = True
+        dashboard.tails = []
     assert Cluster(dashboard.address).follow("some-job") == 2
     out, err = capsys.readouterr()
-    assert out == PRINTED
+    assert out == ("" if closes_in_order else PRINTED)
     assert "the node that has it may be gone" in err
 
 
@@ -88,3 +98,9 @@ def test_a_job_that_nobody_knows_any_more_has_failed(dashboard: Dashboard, capsy
     dashboard.knows_the_job = False
     assert Cluster(dashboard.address).follow("some-job") == 1
     assert "knows it no longer" in capsys.readouterr().err
+
+
+def test_a_job_that_never_had_a_node_has_no_log(dashboard: Dashboard, capsys: pytest.CaptureFixture[str]) -> None:
+    dashboard.node, dashboard.tails, dashboard.closes_in_order = None, [], True
+    assert Cluster(dashboard.address).follow("some-job") == 2
+    assert capsys.readouterr().err == "job some-job: FAILED: no\n"
