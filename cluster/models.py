@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 from cluster import env, keys, records
 from cluster.config import Config
 from cluster.errors import ModelError, ObjectExists, ObjectNotFound
-from cluster.records import BaseModelRef, ModelManifest
+from cluster.records import Artefact, ArtefactKind, BaseModelRef, ModelManifest
 from cluster.store import Store
 
 WANTED_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -71,6 +71,14 @@ class Shape(Config):
         return self.num_hidden_layers * (2 * query + key_value + mlp) + embeddings
 
 
+class Origin(Config):
+    """Something that a model was made from, where its card does not say so."""
+
+    name: str = Field(description="a Hub id `owner/name`")
+    kind: ArtefactKind = Field("base", description="its weights, its rows, or its outputs (teacher)")
+    licence: str | None = Field(None, description="where configs/policy/licences.yaml does not know it by its name")
+
+
 class ModelConfig(Config):
     """A base model: what `configs/models/NAME.yaml` holds."""
 
@@ -80,6 +88,7 @@ class ModelConfig(Config):
         None, description="a commit hash for a Hub id; for `store` a mirrored revision, left out: the newest there"
     )
     licence: str = Field(description="SPDX or Hub licence id; goes into the record of everything made from it")
+    made_from: tuple[Origin, ...] = Field((), description="other models and data sets that it was made from")
     dtype: Literal["fp32", "bf16"] = Field("bf16", description="precision in which weights are held")
     shape: Shape | None = Field(None, description="sizes, so that a Hub model can be planned without a network")
 
@@ -222,6 +231,14 @@ def fetch(model: ModelConfig, base: BaseModelRef, store: Store) -> Path:
             records.fetch_files(store, keys.model_prefix(base.name, base.revision), manifest.files, partial)
             partial.rename(folder)
     return folder
+
+
+def artefacts(store: Store, base: BaseModelRef) -> tuple[Artefact, ...]:
+    """What a base that the store holds was made from; () for one that it does not hold, or that is older than that."""
+    try:
+        return read_manifest(store, base).artefacts
+    except ModelError:
+        return ()
 
 
 def read_manifest(store: Store, base: BaseModelRef) -> ModelManifest:

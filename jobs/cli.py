@@ -31,6 +31,7 @@ def plan(
     """Say what a recipe would do and take, and whether it fits, without a GPU, a cluster or a network."""
     from cluster.config import load
     from cluster.errors import PlanError
+    from cluster.licences.gate import Gate, check
     from jobs import brief
     from jobs.config import Recipe
     from jobs.plan import Survey, refusal, shape_of
@@ -39,10 +40,11 @@ def plan(
     shape = shape_of(loaded.model)
     if shape is None:
         raise PlanError(f"the shape of {loaded.model.name} is not known here; give model.shape, or a folder as source")
-    survey = Survey.of(loaded, shape, Path.cwd())
+    survey = Survey.of(loaded, shape, Path.cwd(), Gate.here())
     print(json.dumps(survey.to_dict()) if as_json else brief.text(survey), flush=True)
     if not survey.plan.fits:
         raise PlanError(refusal(loaded, survey.plan, list(survey.advice)))
+    check(survey.licences, loaded.model.name)
 
 
 @app.command()
@@ -58,10 +60,13 @@ def submit(
     Submitting the same again follows the run that there is.
     """
     from cluster.config import load
+    from cluster.licences.gate import Gate
+    from jobs import terms
     from jobs.config import Recipe
     from jobs.plan import make_plan, shape_of
 
     loaded = load(recipe, Recipe, overrides or [])
+    terms.require(loaded, Gate.here())
     shape = shape_of(loaded.model)
     if shape:
         make_plan(loaded, shape)

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from cluster.errors import PlanError
 from cluster.gpus import find_gpu
+from cluster.licences.chain import Judgement
+from cluster.licences.gate import Gate
 from cluster.models import ModelConfig, Shape, read_shape
-from jobs import cost
+from jobs import cost, terms
 from jobs.config import LoraConfig, Recipe
 from jobs.memory import GIB, RUNTIME_BYTES, Memory, peak, snapshot_bytes
 from jobs.tensors import is_dora, trained_parameters
@@ -65,6 +67,7 @@ class Survey:
     Attributes:
         at_most: the plan for the most workers, where that is another number.
         advice: what makes it fit, when it does not; each was planned, and fits.
+        licences: the verdict on each use that the organisation's policy means.
     """
 
     recipe: Recipe
@@ -73,9 +76,10 @@ class Survey:
     work: cost.Work
     cost: cost.Cost
     advice: tuple[Advice, ...]
+    licences: tuple[Judgement, ...]
 
     @classmethod
-    def of(cls, recipe: Recipe, shape: Shape, folder: Path) -> "Survey":
+    def of(cls, recipe: Recipe, shape: Shape, folder: Path, gate: Gate) -> "Survey":
         """Survey a recipe whose data files count from `folder`. Raises PlanError for an unknown GPU type."""
         plan = best_plan(recipe, shape)
         is_gpu = recipe.cluster.accelerator == "gpu"
@@ -89,6 +93,7 @@ class Survey:
             work=work,
             cost=cost.estimate_cost(recipe, shape, work, host),
             advice=() if plan.fits else tuple(advise(recipe, shape)),
+            licences=terms.judge(recipe, gate),
         )
 
     def to_dict(self) -> dict[str, object]:
@@ -99,11 +104,19 @@ class Survey:
             "model": self.recipe.model.name,
             "method": self.recipe.method.kind,
             "cluster": self.recipe.cluster.name,
-            "licence": {"id": self.recipe.model.licence, "verdict": None},
+            "licence": self._licence(),
             "at_most": asdict(self.at_most) if self.at_most else None,
             "work": asdict(self.work),
             "cost": asdict(self.cost),
             "advice": [asdict(each) for each in self.advice],
+        }
+
+    def _licence(self) -> dict[str, object]:
+        strictest = max(self.licences, key=lambda each: each.level)
+        return {
+            "id": self.recipe.model.licence,
+            "verdict": str(strictest.level),
+            "uses": {each.use: each.to_dict() for each in self.licences},
         }
 
 
