@@ -141,10 +141,14 @@ def read_shape(folder: Path) -> Shape:
     )
 
 
-def pin(model: ModelConfig, store: Store) -> BaseModelRef:
-    """Decide the revision, once for a run or a deployment; a folder is mirrored first. Raises ModelError."""
+def pin(model: ModelConfig, store: Store, made_from: tuple[Artefact, ...] = ()) -> BaseModelRef:
+    """Decide the revision, once for a run or a deployment; a folder is mirrored first. Raises ModelError.
+
+    Args:
+        made_from: what the model was made from, for the manifest of a folder that is mirrored.
+    """
     if model.is_folder:
-        revision = mirror(model, Path(model.source).expanduser(), store)
+        revision = mirror(model, Path(model.source).expanduser(), store, made_from=made_from)
     elif model.is_hub:
         revision = model.revision or ""
     else:
@@ -167,11 +171,18 @@ def _in_store(model: ModelConfig, store: Store) -> str:
     return max(found, key=lambda manifest: (manifest.created_at, manifest.revision)).revision
 
 
-def mirror(model: ModelConfig, folder: Path, store: Store, origin: str | None = None) -> str:
+def mirror(
+    model: ModelConfig,
+    folder: Path,
+    store: Store,
+    origin: str | None = None,
+    made_from: tuple[Artefact, ...] = (),
+) -> str:
     """Copy a model folder into the store; what is there already is not sent again. Returns the revision.
 
     Args:
         origin: where the weights come from, for the manifest, when that is not the config's source.
+        made_from: what the model was made from, with the licences of that.
     """
     read_shape(folder)
     paths = sorted({path for pattern in WANTED_FILES for path in folder.glob(pattern) if path.is_file()})
@@ -190,6 +201,7 @@ def mirror(model: ModelConfig, folder: Path, store: Store, origin: str | None = 
             licence=model.licence,
             files=files,
             created_at=records.now(),
+            artefacts=made_from,
         )
         with suppress(ObjectExists):  # another job mirrored the same bytes meanwhile
             store.create(manifest, record.to_bytes())

@@ -311,21 +311,35 @@ def export(
     reference: Annotated[str, typer.Argument(help="adapter: name, name@7, name@alias")],
     folder: Annotated[Path, typer.Argument(help="where to write; must not exist")],
     store: StoreUrl,
+    internal: Annotated[bool, typer.Option("--internal", help="it stays here: not judged as given to others")] = False,
 ) -> None:
-    """Write an adapter to a folder that plain peft loads."""
+    """Write an adapter to a folder that plain peft loads, with its notice and licence texts, if its licences allow it.
+
+    What is exported may go anywhere, so it is judged as given to others, under the folder's name.
+    """
     from cluster import keys, records, registry
     from cluster.errors import ConfigError, Fault, InputError
+    from cluster.licences import notice
+    from cluster.licences.gate import Gate, of_adapter
     from cluster.store import open_existing
 
     if folder.exists():
         raise ConfigError([Fault(str(folder), "", "exists already; name a new folder")])
     opened = open_existing(store)
     record = registry.resolve(opened, reference)
+    gate, artefacts = Gate.here(), of_adapter(record)
+    (judged,) = gate.require(artefacts, reference, folder.name, ["train" if internal else "distribute"])
     try:
         with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
             whole = Path(temporary) / "adapter"
             records.fetch_files(opened, keys.adapter_version_prefix(record.name, record.version), record.files, whole)
+            if not record.artefacts:  # older than the notice that goes with it
+                with (whole / notice.NOTICE).open("a") as file:
+                    file.write(f"\n{gate.notice(artefacts)}")
+            notice.add_texts(whole, judged)
             whole.rename(folder)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}; name a folder that can be made") from None
+    for duty in judged.duties:
+        print(f"licence: {duty}", file=sys.stderr)
     print(f"{record.name}@{record.version} of {record.base.name} in {folder}")

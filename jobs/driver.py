@@ -63,7 +63,7 @@ def begin(
     Args:
         files: those to train on, and those to evaluate on.
     """
-    base = models.pin(recipe.model, store)
+    base = models.pin(recipe.model, store, gate.of_model(recipe.model))
     begun = runs.find(store, parent.run_id).record if parent else None
     if begun:
         _check_parent(recipe, base, begun)
@@ -100,14 +100,17 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
     secret.load(recipe.secrets)
     if started := runs.attempts(store, run_id):  # as it was last, where memory has corrected the recipe
         recipe = recipe.at(micro_batch=min(recipe.train.micro_batch, started[-1].micro_batch))
+    record = found.record
+    if record.licences is None:  # begun before licences were judged
+        record = record.model_copy(update={"licences": _judge(recipe, record.base, None, store, Gate.here())})
     with joined(recipe.cluster, recipe.train.fewest, recipe.train.most, recipe.secrets):
-        folder = models.fetch(recipe.model, found.record.base, store)
+        folder = models.fetch(recipe.model, record.base, store)
         shape = read_shape(folder)
         say(summary(recipe, make_plan(recipe, shape)))
         runs.clear_stop_requests(store, run_id)
         runs.tell(store, run_id, f"resumed by {getpass.getuser()}; it was {found.state}", "resuming")
         say(f"run {run_id} in {store.url}")
-        return _carry_out(found.record, recipe, shape, store)
+        return _carry_out(record, recipe, shape, store)
 
 
 RESUMABLE = (

@@ -33,13 +33,17 @@ class Gate(Config):
         """By the files of the current folder, or else of this checkout. Raises ConfigError."""
         return cls(facts=load_facts(), organisation=load_organisation())
 
-    def of_model(self, model: ModelConfig) -> tuple[Artefact, ...]:
-        """A base model and what it was made from: by its config, and by its card where one is at hand."""
+    def of_model(self, model: ModelConfig, folder: Path | None = None) -> tuple[Artefact, ...]:
+        """A base model and what it was made from: by its config, and by its card where one is at hand.
+
+        Args:
+            folder: where the model is, if that is known.
+        """
         name = model.source if model.is_hub else model.name
         found = [Artefact(kind="base", name=name, licence=model.licence)]
         for each in model.made_from:
             found += origin(each.name, each.kind, self.facts, name, each.licence)
-        if card := _card_of(model):
+        if card := _card_of(model, folder):
             itself, *rest = read_card(card, name, self.facts)
             if itself.licence is not None or rest:
                 found += [itself, *rest]
@@ -64,6 +68,10 @@ class Gate(Config):
         check(found, what)
         return found
 
+    def notice(self, artefacts: Sequence[Artefact]) -> str:
+        """What the NOTICE of what is made says."""
+        return notice.compose(artefacts, self.judge(artefacts, "distribute"))
+
     def record(self, artefacts: Sequence[Artefact], judgements: Sequence[Judgement]) -> LicenceRecord:
         """What a run keeps of how it was judged."""
         return LicenceRecord(
@@ -73,7 +81,7 @@ class Gate(Config):
             on=today().isoformat(),
             verdicts={each.use: str(each.level) for each in judgements},
             duties=tuple(dict.fromkeys(str(duty) for each in judgements for duty in each.duties)),
-            notice=notice.text(self, artefacts),
+            notice=self.notice(artefacts),
         )
 
 
@@ -108,11 +116,12 @@ def is_own(licence: str | None) -> bool:
     return licence is not None and licence.strip().lower() == OWN
 
 
-def _card_of(model: ModelConfig) -> Path | None:
+def _card_of(model: ModelConfig, folder: Path | None) -> Path | None:
     """The card in the model's folder, or of a Hub model in the Hub's cache; no network is asked."""
-    if model.is_folder:
-        card = Path(model.source).expanduser() / CARD
-        return card if card.is_file() else None
+    if folder is None and model.is_folder:
+        folder = Path(model.source).expanduser()
+    if folder is not None and (folder / CARD).is_file():
+        return folder / CARD
     if model.is_hub:
         found = try_to_load_from_cache(model.source, CARD, revision=model.revision)
         return Path(found) if isinstance(found, str) else None

@@ -51,12 +51,13 @@ By = Literal["NOTICE", "LICENSE", "the name", "/v1/models", "you"]
 
 @dataclass(frozen=True, order=True)
 class Duty:
-    """What a use obliges to. `by` is what fulfils it."""
+    """What a use obliges to. `by` is what fulfils it; `words` are those that have to stand somewhere."""
 
     kind: DutyKind
     licence: str
     text: str
     by: By
+    words: str = ""
 
     def __str__(self) -> str:
         return f"{self.text} [{self.by}]"
@@ -162,28 +163,30 @@ def _duties(terms: Terms, use: Use, organisation: Organisation, about: str, is_d
     given = is_given(terms, use, organisation)
     seen = use == "serve" and organisation.hosts == "external"
 
-    def duty(kind: DutyKind, text: str, by: By) -> Duty:
-        return Duty(kind, terms.id, text, by)
+    def duty(kind: DutyKind, text: str, by: By, words: str = "") -> Duty:
+        return Duty(kind, terms.id, text, by, words)
 
     if terms.use_policy:
         yield duty("use policy", f"keep to {terms.use_policy}", "you")
     if given and (terms.attribution or terms.notice):
         words = terms.notice or f"credit {about}, its licence and that it was changed"
-        yield duty("notice", words, "NOTICE")
+        yield duty("notice", words, "NOTICE", words)
     if given and terms.flow_down:
         yield duty("pass on", f"bind whoever gets or uses it to the restrictions of {terms.id}", "you")
     if use == "distribute" and terms.licence_copy and not is_data:
         yield duty("licence copy", f"the text of {terms.id} goes along", "LICENSE")
     if use == "distribute" and terms.name_prefix:
-        yield duty("name", f"the model's name begins with {terms.name_prefix!r}", "the name")
+        yield duty("name", f"the model's name begins with {terms.name_prefix!r}", "the name", terms.name_prefix)
     if seen and terms.name_prefix:
-        yield duty("name", f"the model is shown under a name that begins with {terms.name_prefix!r}", "/v1/models")
+        said = f"the model is shown under a name that begins with {terms.name_prefix!r}"
+        yield duty("name", said, "/v1/models", terms.name_prefix)
     if terms.built_with and (seen or use == "distribute"):
-        yield duty("built with", f"show {terms.built_with!r}", "/v1/models" if seen else "NOTICE")
+        by: By = "/v1/models" if seen else "NOTICE"
+        yield duty("built with", f"show {terms.built_with!r}", by, terms.built_with)
     if given and terms.share_alike:
         yield duty("share alike", f"what is made is under {terms.id} too", "NOTICE")
     if terms.shown and seen and _is_large(terms, organisation):
-        yield duty("shown", f"show {terms.shown.text!r} in the user interface", "/v1/models")
+        yield duty("shown", f"show {terms.shown.text!r} in the user interface", "/v1/models", terms.shown.text)
 
 
 def _is_large(terms: Terms, organisation: Organisation) -> bool:
