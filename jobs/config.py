@@ -45,7 +45,10 @@ class DataLicence(Config):
     @model_validator(mode="before")
     @classmethod
     def _is_named(cls, given: Any) -> Any:
-        return {"licence": given} if isinstance(given, str) else given
+        if isinstance(given, str):
+            return {"licence": given}
+        # What comes out of this is no longer JSON to pydantic, whose strict mode then takes no list for a tuple.
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in dict(given).items()}
 
 
 class DataConfig(Config):

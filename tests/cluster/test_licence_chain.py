@@ -3,6 +3,7 @@
 import json
 import pickle
 from datetime import date
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -26,7 +27,7 @@ def artefact(licence: str | None, kind: ArtefactKind = "base", name: str = "lab/
     return Artefact(kind=kind, name=name, licence=licence)
 
 
-def verdict(*artefacts: Artefact, use: Use = "train", name: str | None = None, **who: object) -> Judgement:
+def verdict(*artefacts: Artefact, use: Use = "train", name: str | None = None, **who: Any) -> Judgement:
     return judge(artefacts, use, FACTS, Organisation.model_validate(SHIPPED.model_dump() | who), TODAY, name)
 
 
@@ -50,7 +51,7 @@ organisations = st.fixed_dictionaries(
 
 @given(tags, st.lists(artefacts, max_size=2), artefacts, st.sampled_from(USES), organisations)
 def test_one_more_artefact_never_makes_a_verdict_milder(
-    base: str, others: list[Artefact], more: Artefact, use: Use, who: dict[str, object]
+    base: str, others: list[Artefact], more: Artefact, use: Use, who: dict[str, Any]
 ) -> None:
     before = [artefact(base), *others]
     assert verdict(*before, more, use=use, **who).level >= verdict(*before, use=use, **who).level
@@ -58,7 +59,7 @@ def test_one_more_artefact_never_makes_a_verdict_milder(
 
 @given(st.sampled_from(IDS), st.sampled_from(IDS), st.sampled_from(USES), organisations)
 def test_a_choice_is_at_most_as_strict_as_each_and_both_at_least(
-    one: str, other: str, use: Use, who: dict[str, object]
+    one: str, other: str, use: Use, who: dict[str, Any]
 ) -> None:
     levels = [verdict(artefact(tag), use=use, **who).level for tag in (one, other)]
     assert verdict(artefact(f"{one} OR {other}"), use=use, **who).level <= min(levels)
@@ -67,7 +68,7 @@ def test_a_choice_is_at_most_as_strict_as_each_and_both_at_least(
 
 @given(st.lists(artefacts, min_size=1, max_size=3), st.sampled_from(USES), organisations)
 def test_signing_everything_off_lifts_reviews_and_nothing_else(
-    chain: list[Artefact], use: Use, who: dict[str, object]
+    chain: list[Artefact], use: Use, who: dict[str, Any]
 ) -> None:
     plain = verdict(*chain, use=use, **who)
     subjects = {subject for reason in plain.reasons for subject in reason.subjects}
@@ -95,7 +96,7 @@ def test_signing_everything_off_lifts_reviews_and_nothing_else(
     ],
 )
 def test_licences_that_conflict_are_refused_together_and_not_alone(one: str, other: str) -> None:
-    who = {"commercial": False}
+    who: dict[str, Any] = {"commercial": False}
     for tag in (one, other):
         assert verdict(artefact(tag), use="distribute", **who).passes, tag
     both = [artefact(one), artefact(other, "data", "lab/data")]
