@@ -246,9 +246,9 @@ def fetch(model: ModelConfig, base: BaseModelRef, store: Store) -> Path:
 
 
 def artefacts(store: Store, base: BaseModelRef) -> tuple[Artefact, ...]:
-    """What a base that the store holds was made from; () for one that it does not hold, or that is older than that."""
+    """What a base that the store holds was made from; () for one that it does not hold."""
     try:
-        return read_manifest(store, base).artefacts
+        return read_manifest(store, base).chain
     except ModelError:
         return ()
 
@@ -264,7 +264,8 @@ def from_hub(model: ModelConfig) -> Path:
     """The folder of a Hub model at its pinned revision, from the Hub's cache or the network. Raises ModelError."""
     where = f"{model.source}@{model.revision}"
     try:
-        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=list(WANTED_FILES)))
+        wanted = [*WANTED_FILES, "README.md"]  # the card, by which its licence is judged
+        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=wanted))
     except GatedRepoError:
         raise ModelError(f"{where} is gated: accept its licence on the Hub and set HF_TOKEN") from None
     except (RepositoryNotFoundError, RevisionNotFoundError):

@@ -135,6 +135,11 @@ class ModelManifest(Record):
     created_at: str
     artefacts: tuple[Artefact, ...] = ()
 
+    @property
+    def chain(self) -> tuple[Artefact, ...]:
+        """What it was made from; of an older record itself alone."""
+        return self.artefacts or (Artefact(kind="base", name=self.name, licence=self.licence),)
+
 
 class DatasetManifest(Record):
     """A tokenised dataset. `skipped` counts rows that could not be used, by reason."""
@@ -282,6 +287,11 @@ class AdapterRecord(Record):
     metrics: dict[str, float] = Field(default_factory=dict)
     created_at: str
     artefacts: tuple[Artefact, ...] = ()
+
+    @property
+    def chain(self) -> tuple[Artefact, ...]:
+        """What it was made from; of an older record its base alone is known."""
+        return self.artefacts or (Artefact(kind="base", name=self.base.name, licence=self.base.licence),)
 
 
 class Canary(Record):

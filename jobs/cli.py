@@ -320,14 +320,14 @@ def export(
     from cluster import keys, records, registry
     from cluster.errors import ConfigError, Fault, InputError
     from cluster.licences import notice
-    from cluster.licences.gate import Gate, of_adapter
+    from cluster.licences.gate import Gate
     from cluster.store import open_existing
 
     if folder.exists():
         raise ConfigError([Fault(str(folder), "", "exists already; name a new folder")])
     opened = open_existing(store)
     record = registry.resolve(opened, reference)
-    gate, artefacts = Gate.here(), of_adapter(record)
+    gate, artefacts = Gate.here(), record.chain
     (judged,) = gate.require(artefacts, reference, folder.name, ["train" if internal else "distribute"])
     try:
         with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:

@@ -63,12 +63,17 @@ def begin(
     Args:
         files: those to train on, and those to evaluate on.
     """
-    base = models.pin(recipe.model, store, gate.of_model(recipe.model))
     begun = runs.find(store, parent.run_id).record if parent else None
     if begun:
+        terms.require(recipe, gate, terms.of_parent(begun, gate))
+    base = models.pin(recipe.model, store, gate.of_model(recipe.model))
+    if begun:
         _check_parent(recipe, base, begun)
-    licences = _judge(recipe, base, begun, store, gate)
+    _judge(recipe, base, begun, store, gate)  # before gigabytes are fetched
     folder = models.fetch(recipe.model, base, store)
+    licences = _judge(recipe, base, begun, store, gate, folder)
+    for duty in licences.duties:
+        say(f"licence: {duty}")
     shape = read_shape(folder)
     plan = make_plan(recipe, shape)
     _check_model(folder, recipe)
@@ -199,16 +204,21 @@ def _check_parent(recipe: Recipe, base: BaseModelRef, parent: RunRecord) -> None
         raise ConfigError(faults)
 
 
-def _judge(recipe: Recipe, base: BaseModelRef, begun: RunRecord | None, store: Store, gate: Gate) -> LicenceRecord:
-    """Judge once more, with what the store knows of the base and of the run that this one begins from.
+def _judge(
+    recipe: Recipe,
+    base: BaseModelRef,
+    begun: RunRecord | None,
+    store: Store,
+    gate: Gate,
+    folder: Path | None = None,
+) -> LicenceRecord:
+    """Judge once more, with what the store knows of the base and of the run that this one begins from, and its card.
 
     Raises LicenceRefused. What it returns goes into the run's record: resuming and publishing keep to it.
     """
-    more = models.artefacts(store, base) + (terms.of_parent(begun) if begun else ())
-    judged = terms.require(recipe, gate, more)
-    for line in dict.fromkeys(str(each) for one in judged for each in (*one.duties, *one.notes)):
-        say(f"licence: {line}")
-    return gate.record(tuple(dict.fromkeys([*terms.artefacts_of(recipe, gate), *more])), judged)
+    more = models.artefacts(store, base) + (terms.of_parent(begun, gate) if begun else ())
+    judged = terms.require(recipe, gate, more, folder)
+    return gate.record(tuple(dict.fromkeys([*terms.artefacts_of(recipe, gate, folder), *more])), judged)
 
 
 def _check_model(folder: Path, recipe: Recipe) -> None:

@@ -5,8 +5,10 @@
 Files on this machine and in the store are one's own unless the recipe says otherwise; what comes from the Hub is not.
 """
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from cluster.licences.card import origin
 from cluster.licences.chain import Judgement
@@ -17,9 +19,13 @@ from jobs.config import Recipe
 _HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)")
 
 
-def artefacts_of(recipe: Recipe, gate: Gate) -> tuple[Artefact, ...]:
-    """All that the recipe's result is made from, as far as it is known without the store and a network."""
-    return tuple(dict.fromkeys([*gate.of_model(recipe.model), *_data(recipe, gate)]))
+def artefacts_of(recipe: Recipe, gate: Gate, folder: Path | None = None) -> tuple[Artefact, ...]:
+    """All that the recipe's result is made from, as far as it is known without the store and a network.
+
+    Args:
+        folder: where the model is, once it is on this machine: its card says more.
+    """
+    return tuple(dict.fromkeys([*gate.of_model(recipe.model, folder), *_data(recipe, gate)]))
 
 
 def _data(recipe: Recipe, gate: Gate) -> Iterator[Artefact]:
@@ -40,15 +46,22 @@ def judge(recipe: Recipe, gate: Gate) -> tuple[Judgement, ...]:
     return gate.judge_all(artefacts_of(recipe, gate), published_name(recipe))
 
 
-def require(recipe: Recipe, gate: Gate, more: tuple[Artefact, ...] = ()) -> tuple[Judgement, ...]:
-    """As `judge`, with more that only the store knows. Raises LicenceRefused unless every use passes."""
-    artefacts = tuple(dict.fromkeys([*artefacts_of(recipe, gate), *more]))
+def require(
+    recipe: Recipe, gate: Gate, more: tuple[Artefact, ...] = (), folder: Path | None = None
+) -> tuple[Judgement, ...]:
+    """As `judge`, with more that only the store and the model's folder know.
+
+    Raises LicenceRefused unless every use passes.
+    """
+    artefacts = tuple(dict.fromkeys([*artefacts_of(recipe, gate, folder), *more]))
     return gate.require(artefacts, recipe.model.name, published_name(recipe))
 
 
-def of_parent(record: RunRecord) -> tuple[Artefact, ...]:
+def of_parent(record: RunRecord, gate: Gate) -> tuple[Artefact, ...]:
     """What the weights of another run were made from, where these begin."""
-    return record.licences.artefacts if record.licences else ()
+    if record.licences:
+        return record.licences.artefacts
+    return artefacts_of(Recipe.model_validate_json(json.dumps(record.recipe), strict=True), gate)  # an older record
 
 
 def published_name(recipe: Recipe) -> str | None:

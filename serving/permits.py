@@ -71,6 +71,6 @@ class Permits:
         if found is None:
             if len(self._judged) >= _MOST_REMEMBERED:
                 self._judged.clear()
-            artefacts = [*self.base, *(licences.of_adapter(record) if record else ())]
+            artefacts = [*self.base, *(record.chain if record else ())]
             found = self._judged[key] = self.gate.judge(tuple(dict.fromkeys(artefacts)), "serve")
         return found

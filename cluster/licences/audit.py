@@ -7,7 +7,7 @@ from typing import Any
 from cluster import keys, records, registry
 from cluster.errors import ObjectDamaged
 from cluster.licences.chain import Judgement
-from cluster.licences.gate import Gate, of_adapter, of_manifest
+from cluster.licences.gate import Gate
 from cluster.models import mirrored
 from cluster.records import Artefact, RunRecord
 from cluster.store import Store
@@ -48,7 +48,7 @@ def audit(store: Store, gate: Gate) -> list[Row]:
 
 def _models(store: Store, gate: Gate) -> Iterator[Row]:
     for manifest in mirrored(store):
-        artefacts = of_manifest(manifest)
+        artefacts = manifest.chain
         yield Row("model", manifest.name, manifest.revision, artefacts, _judge(gate, artefacts, manifest.name))
 
 
@@ -60,7 +60,7 @@ def _adapters(store: Store, gate: Gate) -> Iterator[Row]:
             except ObjectDamaged as error:
                 yield Row("adapter", name, str(number), (), (), problem=str(error))
                 continue
-            artefacts = of_adapter(record)
+            artefacts = record.chain
             yield Row("adapter", name, str(number), artefacts, _judge(gate, artefacts, name), record.digest)
 
 

@@ -19,7 +19,7 @@ from cluster.licences.chain import Judgement, judge
 from cluster.licences.facts import OWN, Facts, load_facts
 from cluster.licences.organisation import Organisation, Use, load_organisation
 from cluster.models import ModelConfig
-from cluster.records import AdapterRecord, Artefact, LicenceRecord, ModelManifest
+from cluster.records import Artefact, LicenceRecord
 
 
 class Gate(Config):
@@ -94,16 +94,6 @@ def check(judgements: Sequence[Judgement], what: str) -> None:
     if uses:
         lines = [f"{text} ({', '.join(found)}); {way_out}" for (text, way_out), found in uses.items()]
         raise LicenceRefused("\n  ".join([f"{what}: licences do not allow this:", *lines]))
-
-
-def of_adapter(record: AdapterRecord) -> tuple[Artefact, ...]:
-    """What an adapter was made from; of an older record the base alone is known."""
-    return record.artefacts or (Artefact(kind="base", name=record.base.name, licence=record.base.licence),)
-
-
-def of_manifest(manifest: ModelManifest) -> tuple[Artefact, ...]:
-    """What a stored model was made from."""
-    return manifest.artefacts or (Artefact(kind="base", name=manifest.name, licence=manifest.licence),)
 
 
 def today() -> date:

@@ -27,7 +27,9 @@ def compose(artefacts: Sequence[Artefact], judged: Judgement) -> str:
         of = f" (of {artefact.of})" if artefact.of else ""
         lines.append(f"  {artefact.kind}: {artefact.name}{of}, licence {artefact.licence or 'not stated'}")
     lines += ["", "Changed by fine-tuning. To be kept by whoever uses it or passes it on:"]
-    lines += [f"  {duty.licence}: {duty.text}" for duty in judged.duties if duty.kind != "sign-off"] or ["  nothing"]
+    owed = [duty for duty in judged.duties if duty.kind != "sign-off"]
+    said = ("notice", "built with")  # these are said here, in their own words
+    lines += [f"  {duty.licence}: {duty.words if duty.kind in said else duty.text}" for duty in owed] or ["  nothing"]
     if not judged.passes:
         lines += ["", "As judged then, it may not be given to others:"]
         lines += [f"  {reason.text}" for reason in judged.reasons]

@@ -1,5 +1,6 @@
 """What may answer, and what is shown for it; over HTTP the same is in test_http.py."""
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_sign_off_ends_while_it_is_served(tmp_path: Path, monkeypatch: pytest.
     signed = Gate(facts=gate.facts, organisation=type(gate.organisation).model_validate(who))
     permits = Permits("base", signed, (Artefact(kind="base", name="base", licence="llama4"),))
     permits.check(None)
-    tomorrow = licences.today().replace(year=licences.today().year + 1)
+    tomorrow = licences.today() + timedelta(days=1)
     monkeypatch.setattr(licences, "today", lambda: tomorrow)
     with pytest.raises(LicenceRefused, match="needs review"):
         permits.check(None)
