@@ -14,14 +14,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cluster import registry
+from cluster import keys, records, registry
 from cluster.config import load
-from cluster.errors import ConfigError, LicenceRefused, LuthierError, exit_code
+from cluster.errors import ConfigError, LicenceRefused, LuthierError, PlanError, exit_code
 from cluster.folder import FolderStore
 from cluster.licences import notice
 from cluster.licences.gate import Gate
-from cluster.records import Artefact, BaseModelRef
-from jobs import terms
+from cluster.records import Artefact, BaseModelRef, CheckpointRef, ModelManifest, RunRecord
+from jobs import driver, terms
 from jobs.config import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -215,3 +215,72 @@ def test_audit_judges_all_that_is_stored(tmp_path: Path) -> None:
     said = {each["name"]: each["value"] for each in bad["properties"]}
     assert said["luthier:licence:verdict:serve"] == "refused"
     assert {"license": {"id": "CC-BY-NC-4.0"}} in bad["licenses"]
+
+
+def begun(store: FolderStore, recipe: Recipe, *artefacts: Artefact, judged: bool = True) -> RunRecord:
+    """The record of a run that was trained on these."""
+    gate = Gate.here()
+    record = RunRecord(
+        run_id="earlier",
+        recipe=recipe.model_dump(mode="json", by_alias=True),
+        dataset="d",
+        evaluation=None,
+        code_revision="unknown",
+        versions={},
+        base=BASE,
+        licences=gate.record(artefacts, gate.judge_all(artefacts)) if judged else None,
+        created_at=records.now(),
+    )
+    store.create(keys.run_record("earlier"), record.to_bytes())
+    return record
+
+
+def tiny(store: FolderStore, *overrides: str) -> Recipe:
+    recipe = ROOT / "configs" / "recipes" / "quickstart-redact.yaml"
+    return load(recipe, Recipe, [f"store={store.url}", *overrides])
+
+
+def test_a_run_from_refused_weights_is_refused_before_anything_is_stored(tmp_path: Path) -> None:
+    store, parent = FolderStore(tmp_path / "store"), CheckpointRef(run_id="earlier", step=1)
+    begun(store, tiny(store), NC)
+    before = [item.key for item in store.list("")]
+    with pytest.raises(LicenceRefused, match="lab/nc is under CC-BY-NC-4.0"):
+        driver.begin(tiny(store), [], parent, store, Gate.here())
+    assert [item.key for item in store.list("")] == before
+
+
+def test_a_parent_of_before_the_gate_is_judged_by_its_recipe(tmp_path: Path) -> None:
+    store, parent = FolderStore(tmp_path / "store"), CheckpointRef(run_id="earlier", step=1)
+    begun(store, tiny(store, "data.train=[hf://datasets/tatsu-lab/alpaca/a.jsonl]"), judged=False)
+    with pytest.raises(LicenceRefused, match="tatsu-lab/alpaca is under CC-BY-NC-4.0"):
+        driver.begin(tiny(store), [], parent, store, Gate.here())
+
+
+def test_a_stored_base_is_judged_by_what_its_record_says(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "store")
+    manifest = ModelManifest(
+        name="tiny-orders",
+        revision="r1",
+        source="run x",
+        licence="apache-2.0",
+        files=(),
+        created_at="2026",
+        artefacts=(NC,),
+    )
+    store.create(keys.model_manifest("tiny-orders", "r1"), manifest.to_bytes())
+    with pytest.raises(LicenceRefused, match="lab/nc is under CC-BY-NC-4.0"):
+        driver.begin(tiny(store), [], None, store, Gate.here())
+
+
+def test_resuming_keeps_to_what_was_decided_and_judges_what_never_was(
+    tmp_path: Path,
+) -> None:
+    recipe = tiny(FolderStore(tmp_path / "old"), "model.licence=cc-by-nc-4.0")
+    old = FolderStore(tmp_path / "old")
+    begun(old, recipe, judged=False)
+    with pytest.raises(LicenceRefused, match="does not allow commercial use"):
+        driver.resume("earlier", old.url, [])
+    decided = FolderStore(tmp_path / "decided")
+    begun(decided, recipe, Artefact(kind="base", name="tiny-orders", licence="cc-by-nc-4.0"))
+    with pytest.raises(PlanError, match="127.0.0.1:1"):  # so it went on, to look for its cluster
+        driver.resume("earlier", decided.url, ["cluster.address=127.0.0.1:1"])
