@@ -69,6 +69,8 @@ def deploy(config: ServingConfig, timeout_s: float, tell: Callable[[str], None])
     base = models.pin(config.model, store, permits.base)
     permits = permits.with_base(models.artefacts(store, base))
     permits.check(None)
+    for duty in permits.duties(None):
+        tell(f"{config.name}: licence: {duty}")
     serve.start(http_options={"host": config.http.host, "port": config.http.port})
     _check_http(config)
     _check_other_applications(config)

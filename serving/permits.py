@@ -12,6 +12,7 @@ from cluster.errors import LicenceRefused
 from cluster.licences import gate as licences
 from cluster.licences.chain import Judgement, begins_with, with_prefix
 from cluster.licences.gate import Gate
+from cluster.licences.verdict import Duty
 from cluster.records import AdapterRecord, Artefact
 from serving.config import ServingConfig
 
@@ -52,6 +53,10 @@ class Permits:
                 f"{self.name}: configs/policy/organisation.yaml says that we host nothing (hosts: no); correct it"
             )
         licences.check([self._judge(record)], f"{record.name}@{record.version}" if record else self.name)
+
+    def duties(self, record: AdapterRecord | None) -> tuple[Duty, ...]:
+        """What answering with it obliges to."""
+        return self._judge(record).duties
 
     def shown(self, id_: str, record: AdapterRecord | None) -> dict[str, Any]:
         """What /v1/models says of the licences behind a model: what is to be shown wherever it is used."""

@@ -27,8 +27,9 @@ def bom(rows: Sequence[Row], facts: Facts) -> dict[str, Any]:
                 continue
             origin = f"{artefact.kind}:{artefact.name}"
             components.setdefault(origin, _origin(origin, artefact, facts))
-            of = next((f"{each.kind}:{each.name}" for each in row.artefacts if each.name == artefact.of), None)
-            above = depends.setdefault(of, []) if of else depends[ref]
+            middle = next((each for each in row.artefacts if each.name == artefact.of), None)
+            is_row = middle is None or (middle.name, middle.kind) == (row.name, row.kind)
+            above = depends[ref] if is_row or middle is None else depends.setdefault(f"{middle.kind}:{middle.name}", [])
             if origin not in above:
                 above.append(origin)
     return {

@@ -209,6 +209,7 @@ def test_audit_judges_all_that_is_stored(tmp_path: Path) -> None:
     assert (bom["bomFormat"], bom["specVersion"]) == ("CycloneDX", "1.6")
     refs = {component["bom-ref"] for component in bom["components"]}
     assert {"adapter:bad@1", "base:Qwen/Qwen3-8B", "data:lab/nc"} <= refs
+    assert all(each["ref"] in refs and refs.issuperset(each["dependsOn"]) for each in bom["dependencies"])
     depends = {each["ref"]: each["dependsOn"] for each in bom["dependencies"]}
     assert depends["adapter:bad@1"] == ["base:Qwen/Qwen3-8B", "data:lab/nc"]
     (bad,) = (each for each in bom["components"] if each["bom-ref"] == "adapter:bad@1")
