@@ -14,6 +14,7 @@ metrics    every metric's name
 gauges     a metric as Ray's own object
 dashboards/  Grafana dashboards and Prometheus alerts, made from these names
 logs       what a job prints: progress, plain lines, the last JSON line
+licences/  what a use is allowed, and obliges to: facts, policy, verdicts, the gate of every command
 gpus       GPU types: memory, speed, dated prices
 prices     what an hour costs of what a job holds, and where that figure is from
 ledger     what runs have held and spent: entries that never change, exact sums

@@ -20,6 +20,7 @@ from cluster.doctor.cli import app as doctor
 from cluster.errors import LuthierError
 from cluster.launch.cli import app as launch
 from cluster.ledger import By
+from cluster.licences.cli import app as licences
 from cluster.logs import console, fail
 
 GROUPS = {
@@ -27,12 +28,16 @@ GROUPS = {
     "serving": "serve a base and its adapters over HTTP",
     "cluster": "clusters: up, down, status, doctor; what the store holds: adapters, aliases, models, runs",
 }
-COMMANDS = {"why": "why nothing happens: the one cause, and what to do"}
+COMMANDS = {
+    "why": "why nothing happens: the one cause, and what to do",
+    "licences": "what licences allow and oblige to: of a model, a recipe, a store",
+}
 """Commands of the group `cluster` that also stand alone."""
 
 app = typer.Typer(help="Clusters, and what the store holds.", no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(launch)
 app.add_typer(doctor)
+app.add_typer(licences)
 
 StoreUrl = Annotated[str, typer.Option("--store", help="s3://bucket/prefix or file:///folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -157,6 +162,7 @@ def mirror(
 ) -> None:
     """Copy a base model into the store, for clusters without a hub. Prints its revision."""
     from cluster.config import load
+    from cluster.licences.gate import Gate
     from cluster.models import ModelConfig, from_hub
     from cluster.models import mirror as mirror_model
     from cluster.store import open_store
@@ -164,7 +170,7 @@ def mirror(
     model = load(config, ModelConfig)
     opened = open_store(store)
     folder = from_hub(model) if model.is_hub else Path(model.source).expanduser()
-    print(mirror_model(model, folder, opened))
+    print(mirror_model(model, folder, opened, made_from=Gate.here().of_model(model, folder)))
 
 
 @app.command()

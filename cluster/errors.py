@@ -5,6 +5,7 @@
     │   ├── ConfigError              keys, types and values; all faults at once
     │   ├── DataError                rows or files that cannot be used
     │   ├── ModelError               unknown, unsupported or incomplete model
+    │   ├── LicenceRefused           a licence does not allow the use, or wants a sign-off
     │   └── PlanError                it cannot fit, or the cluster has too little
     │       ├── ClusterSilent        nothing answers there as Ray's dashboard does
     │       ├── TokenRefused         the cluster has another token
@@ -73,6 +74,10 @@ class DataError(InputError):
 
 class ModelError(InputError):
     """A base model is unknown, unsupported or incomplete."""
+
+
+class LicenceRefused(InputError):
+    """A licence, or several together, do not allow what was asked, or want somebody's sign-off first."""
 
 
 class PlanError(InputError):

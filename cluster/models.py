@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 from cluster import env, keys, records
 from cluster.config import Config
 from cluster.errors import ModelError, ObjectExists, ObjectNotFound
-from cluster.records import BaseModelRef, ModelManifest
+from cluster.records import Artefact, ArtefactKind, BaseModelRef, ModelManifest
 from cluster.store import Store
 
 WANTED_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -71,6 +71,14 @@ class Shape(Config):
         return self.num_hidden_layers * (2 * query + key_value + mlp) + embeddings
 
 
+class Origin(Config):
+    """Something that a model was made from, where its card does not say so."""
+
+    name: str = Field(description="a Hub id `owner/name`")
+    kind: ArtefactKind = Field("base", description="its weights, its rows, or its outputs (teacher)")
+    licence: str | None = Field(None, description="where configs/policy/licences.yaml does not know it by its name")
+
+
 class ModelConfig(Config):
     """A base model: what `configs/models/NAME.yaml` holds."""
 
@@ -80,6 +88,7 @@ class ModelConfig(Config):
         None, description="a commit hash for a Hub id; for `store` a mirrored revision, left out: the newest there"
     )
     licence: str = Field(description="SPDX or Hub licence id; goes into the record of everything made from it")
+    made_from: tuple[Origin, ...] = Field((), description="other models and data sets that it was made from")
     dtype: Literal["fp32", "bf16"] = Field("bf16", description="precision in which weights are held")
     shape: Shape | None = Field(None, description="sizes, so that a Hub model can be planned without a network")
 
@@ -132,10 +141,14 @@ def read_shape(folder: Path) -> Shape:
     )
 
 
-def pin(model: ModelConfig, store: Store) -> BaseModelRef:
-    """Decide the revision, once for a run or a deployment; a folder is mirrored first. Raises ModelError."""
+def pin(model: ModelConfig, store: Store, made_from: tuple[Artefact, ...] = ()) -> BaseModelRef:
+    """Decide the revision, once for a run or a deployment; a folder is mirrored first. Raises ModelError.
+
+    Args:
+        made_from: what the model was made from, for the manifest of a folder that is mirrored.
+    """
     if model.is_folder:
-        revision = mirror(model, Path(model.source).expanduser(), store)
+        revision = mirror(model, Path(model.source).expanduser(), store, made_from=made_from)
     elif model.is_hub:
         revision = model.revision or ""
     else:
@@ -158,11 +171,18 @@ def _in_store(model: ModelConfig, store: Store) -> str:
     return max(found, key=lambda manifest: (manifest.created_at, manifest.revision)).revision
 
 
-def mirror(model: ModelConfig, folder: Path, store: Store, origin: str | None = None) -> str:
+def mirror(
+    model: ModelConfig,
+    folder: Path,
+    store: Store,
+    origin: str | None = None,
+    made_from: tuple[Artefact, ...] = (),
+) -> str:
     """Copy a model folder into the store; what is there already is not sent again. Returns the revision.
 
     Args:
         origin: where the weights come from, for the manifest, when that is not the config's source.
+        made_from: what the model was made from, with the licences of that.
     """
     read_shape(folder)
     paths = sorted({path for pattern in WANTED_FILES for path in folder.glob(pattern) if path.is_file()})
@@ -181,6 +201,7 @@ def mirror(model: ModelConfig, folder: Path, store: Store, origin: str | None = 
             licence=model.licence,
             files=files,
             created_at=records.now(),
+            artefacts=made_from,
         )
         with suppress(ObjectExists):  # another job mirrored the same bytes meanwhile
             store.create(manifest, record.to_bytes())
@@ -224,6 +245,14 @@ def fetch(model: ModelConfig, base: BaseModelRef, store: Store) -> Path:
     return folder
 
 
+def artefacts(store: Store, base: BaseModelRef) -> tuple[Artefact, ...]:
+    """What a base that the store holds was made from; () for one that it does not hold."""
+    try:
+        return read_manifest(store, base).chain
+    except ModelError:
+        return ()
+
+
 def read_manifest(store: Store, base: BaseModelRef) -> ModelManifest:
     try:
         return records.read(store, keys.model_manifest(base.name, base.revision), ModelManifest)
@@ -235,7 +264,8 @@ def from_hub(model: ModelConfig) -> Path:
     """The folder of a Hub model at its pinned revision, from the Hub's cache or the network. Raises ModelError."""
     where = f"{model.source}@{model.revision}"
     try:
-        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=list(WANTED_FILES)))
+        wanted = [*WANTED_FILES, "README.md"]  # the card, by which its licence is judged
+        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=wanted))
     except GatedRepoError:
         raise ModelError(f"{where} is gated: accept its licence on the Hub and set HF_TOKEN") from None
     except (RepositoryNotFoundError, RevisionNotFoundError):

@@ -90,8 +90,42 @@ def fetch_files(store: Store, prefix: str, files: Iterable[FileRecord], folder: 
             pass
 
 
+ArtefactKind = Literal["base", "data", "teacher"]
+"""What a thing was to that which was made from it: its weights, its rows, or whose outputs those are."""
+
+
+class Artefact(Record):
+    """One thing with a licence of its own that a model was made from.
+
+    `licence` is as declared (an SPDX expression or a Hub id); None where nobody said. `of` is the name of what was made
+    from it, where that is not the model itself. `is_multimodal` is None where it is not known.
+    """
+
+    kind: ArtefactKind
+    name: str
+    licence: str | None
+    of: str | None = None
+    is_multimodal: bool | None = None
+
+
+class LicenceRecord(Record):
+    """How a run was judged before anything was spent: from what, by whose policy, for which uses.
+
+    `verdicts` has a verdict for each use; `duties` are sentences; `notice` is the text for the NOTICE of what is made.
+    `facts` is the SHA-256 of the table of licences.
+    """
+
+    artefacts: tuple[Artefact, ...]
+    organisation: dict[str, Any]
+    facts: str
+    on: str
+    verdicts: dict[str, str]
+    duties: tuple[str, ...]
+    notice: str
+
+
 class ModelManifest(Record):
-    """A base model mirrored in the store."""
+    """A base model mirrored in the store. `artefacts` is what it was made from, as far as that is known."""
 
     name: str
     revision: str
@@ -99,6 +133,12 @@ class ModelManifest(Record):
     licence: str
     files: tuple[FileRecord, ...]
     created_at: str
+    artefacts: tuple[Artefact, ...] = ()
+
+    @property
+    def chain(self) -> tuple[Artefact, ...]:
+        """What it was made from; of an older record itself alone."""
+        return self.artefacts or (Artefact(kind="base", name=self.name, licence=self.licence),)
 
 
 class DatasetManifest(Record):
@@ -142,6 +182,7 @@ class RunRecord(Record):
     versions: dict[str, str]
     base: BaseModelRef
     parent: CheckpointRef | None = None
+    licences: LicenceRecord | None = None
     created_at: str
 
 
@@ -234,7 +275,7 @@ class CheckpointManifest(Record):
 
 
 class AdapterRecord(Record):
-    """The commit of an adapter version."""
+    """The commit of an adapter version. `artefacts` is what it was made from; older records have only their base."""
 
     name: str
     version: int
@@ -245,6 +286,12 @@ class AdapterRecord(Record):
     step: int
     metrics: dict[str, float] = Field(default_factory=dict)
     created_at: str
+    artefacts: tuple[Artefact, ...] = ()
+
+    @property
+    def chain(self) -> tuple[Artefact, ...]:
+        """What it was made from; of an older record its base alone is known."""
+        return self.artefacts or (Artefact(kind="base", name=self.base.name, licence=self.base.licence),)
 
 
 class Canary(Record):

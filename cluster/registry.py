@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cluster import keys, records
 from cluster.errors import AdapterNotFound, ConfigError, Fault, ObjectDamaged, ObjectExists, ObjectNotFound
-from cluster.records import AdapterRecord, AliasEntry, BaseModelRef, Canary
+from cluster.records import AdapterRecord, AliasEntry, Artefact, BaseModelRef, Canary
 from cluster.store import Store
 
 STABLE = "stable"
@@ -51,12 +51,14 @@ def publish(
     run_id: str,
     step: int,
     metrics: dict[str, float] | None = None,
+    artefacts: tuple[Artefact, ...] = (),
 ) -> AdapterRecord:
     """Make the adapter in `folder` the next version of `name`. Its content is checked by the caller.
 
     Args:
         folder: holds adapter_model.safetensors, adapter_config.json and NOTICE.
         metrics: figures of the run that are worth reading beside the version.
+        artefacts: what it was made from, with the licences of that.
     """
     if name == base.name:
         raise ConfigError([Fault(f"adapter name {name!r}", "", "is the base model's own name; choose another")])
@@ -83,6 +85,7 @@ def publish(
         step=step,
         metrics=metrics or {},
         created_at=records.now(),
+        artefacts=artefacts,
     )
     store.create(keys.adapter_record(name, version), made.to_bytes())
     return made

@@ -5,6 +5,7 @@ plan        what a run would do: batch, ZeRO stage, whether it fits, what would;
 memory      the most memory that a worker holds, by part; no torch
 tensors     what it is made of: trained parameters, what forward keeps, logits; no torch
 cost        tokens, steps, hours, money, bytes on disks and in the store; no torch
+terms       what the result is made from, and whether the licences of that allow what is meant
 brief       a plan as text
 rows        the rows of a data file, each with its place
 formats     a row of any common format, to a conversation

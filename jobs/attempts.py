@@ -144,6 +144,7 @@ class Attempts:
             parent=self._record.parent,
             store=self._plain_store,
             board=self._board,
+            licences=self._record.licences,
         )
         self._pulse.watch(wanted=self._recipe.train.most - workers)
         failure: TrainingFailedError | None = None

@@ -1,7 +1,8 @@
 """A survey as text for a person: what `luthier jobs plan` prints."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from cluster.licences.chain import Judgement
 from cluster.prices import gpu_price
 from jobs.config import LoraConfig
 from jobs.cost import Span
@@ -44,7 +45,16 @@ def _what(survey: Survey) -> Iterator[tuple[str, str]]:
     share = plan.trained_parameters / plan.parameters
     yield "model", f"{model.name}, {plan.parameters / 1e9:.2f} billion parameters in {model.dtype}"
     yield "method", f"{how}: {plan.trained_parameters:,} trained parameters ({share:.2%})"
-    yield "licence", f"{model.licence}; whether it allows your use is not judged yet"
+    yield from _licences(survey.licences)
+
+
+def _licences(judged: Sequence[Judgement]) -> Iterator[tuple[str, str]]:
+    """The verdict on each use, what it obliges to, and what stands against it; each sentence once."""
+    verdicts = "; ".join(f"{each.use}: {each.level}" for each in judged)
+    yield "licence", f"{', '.join(judged[0].licences)}; {verdicts}"
+    said = (line for each in judged for line in (*each.reasons, *each.duties, *each.notes))
+    for line in dict.fromkeys(map(str, said)):
+        yield "", line
 
 
 def _batch(survey: Survey) -> Iterator[tuple[str, str]]:

@@ -33,6 +33,7 @@ def plan(
     """Say what a recipe would do and take, and whether it fits, without a GPU, a cluster or a network."""
     from cluster.config import load
     from cluster.errors import PlanError
+    from cluster.licences.gate import Gate, check
     from jobs import brief, limits
     from jobs.config import Recipe
     from jobs.plan import Survey, refusal, shape_of
@@ -42,12 +43,13 @@ def plan(
     shape = shape_of(loaded.model)
     if shape is None:
         raise PlanError(f"the shape of {loaded.model.name} is not known here; give model.shape, or a folder as source")
-    survey = Survey.of(loaded, shape, Path.cwd())
+    survey = Survey.of(loaded, shape, Path.cwd(), Gate.here())
     print(json.dumps(survey.to_dict()) if as_json else brief.text(survey), flush=True)
     if not survey.plan.fits:
         raise PlanError(refusal(loaded, survey.plan, list(survey.advice)))
     if survey.refused:
         raise PlanError("; ".join(survey.refused))
+    check(survey.licences, loaded.model.name)
 
 
 @app.command()
@@ -65,13 +67,15 @@ def submit(
     Submitting the same again follows the run that there is.
     """
     from cluster.config import load
-    from jobs import limits
+    from cluster.licences.gate import Gate
+    from jobs import limits, terms
     from jobs.config import Recipe
     from jobs.plan import make_plan, shape_of
 
     given = [*(overrides or []), *limits.overrides(max_hours, max_cost)]
     loaded = load(recipe, Recipe, given)
     limits.check(loaded)
+    terms.require(loaded, Gate.here())
     shape = shape_of(loaded.model)
     if shape:
         make_plan(loaded, shape)
@@ -331,21 +335,35 @@ def export(
     reference: Annotated[str, typer.Argument(help="adapter: name, name@7, name@alias")],
     folder: Annotated[Path, typer.Argument(help="where to write; must not exist")],
     store: StoreUrl,
+    internal: Annotated[bool, typer.Option("--internal", help="it stays here: not judged as given to others")] = False,
 ) -> None:
-    """Write an adapter to a folder that plain peft loads."""
+    """Write an adapter to a folder that plain peft loads, with its notice and licence texts, if its licences allow it.
+
+    What is exported may go anywhere, so it is judged as given to others, under the folder's name.
+    """
     from cluster import keys, records, registry
     from cluster.errors import ConfigError, Fault, InputError
+    from cluster.licences import notice
+    from cluster.licences.gate import Gate
     from cluster.store import open_existing
 
     if folder.exists():
         raise ConfigError([Fault(str(folder), "", "exists already; name a new folder")])
     opened = open_existing(store)
     record = registry.resolve(opened, reference)
+    gate, artefacts = Gate.here(), record.chain
+    (judged,) = gate.require(artefacts, reference, folder.name, ["train" if internal else "distribute"])
     try:
         with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
             whole = Path(temporary) / "adapter"
             records.fetch_files(opened, keys.adapter_version_prefix(record.name, record.version), record.files, whole)
+            if not record.artefacts:  # older than the notice that goes with it
+                with (whole / notice.NOTICE).open("a") as file:
+                    file.write(f"\n{gate.notice(artefacts)}")
+            notice.add_texts(whole, judged)
             whole.rename(folder)
     except OSError as error:
         raise InputError(f"cannot write {folder}: {error.strerror}; name a folder that can be made") from None
+    for duty in judged.duties:
+        print(f"licence: {duty}", file=sys.stderr)
     print(f"{record.name}@{record.version} of {record.base.name} in {folder}")

@@ -36,6 +36,21 @@ def _number_or_range(value: Any) -> int | tuple[int, int]:
 Workers = Annotated[int | tuple[int, int], PlainValidator(_number_or_range)]
 
 
+class DataLicence(Config):
+    """What the rows of a source are under; written as its licence alone where no model made them."""
+
+    licence: str | None = Field(None, description="SPDX or Hub licence id, or `own`")
+    teachers: tuple[str, ...] = Field((), description="Hub ids of the models whose outputs are in it")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_named(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return {"licence": given}
+        # What comes out of this is no longer JSON to pydantic, whose strict mode then takes no list for a tuple.
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in dict(given).items()}
+
+
 class DataConfig(Config):
     """Which rows, and how they become sequences."""
 
@@ -44,7 +59,22 @@ class DataConfig(Config):
     sequence_length: PositiveInt = Field(2048, description="tokens of a packed sequence, and the longest sample")
     overlong: Literal["error", "drop", "truncate"] = Field("error", description="what to do with a longer sample")
     max_unusable: Share = Field(0.0, description="share of rows that may be unusable before the run stops")
+    licences: dict[str, DataLicence] = Field(
+        {}, description="by a source of train or evaluation, or what it begins with; your own files need none"
+    )
     packing: bool = Field(True, description="several samples to a sequence; attention never crosses samples")
+
+    @model_validator(mode="after")
+    def _licences_have_sources(self) -> "DataConfig":
+        for begins in self.licences:
+            if not any(source.startswith(begins) for source in (*self.train, *self.evaluation)):
+                raise ValueError(f"licences: {begins!r} is not how any source of train or evaluation begins")
+        return self
+
+    def licence_of(self, source: str) -> DataLicence | None:
+        """What was said of a source: by the longest beginning of it that has an entry."""
+        found = max((begins for begins in self.licences if source.startswith(begins)), key=len, default=None)
+        return None if found is None else self.licences[found]
 
 
 class LoraConfig(Config):

@@ -23,14 +23,15 @@ from pydantic import TypeAdapter
 from cluster import __version__, keys, ledger, models, records, registry, secret
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, InputError, LuthierError, RunFailed
+from cluster.licences.gate import Gate
 from cluster.logs import say
 from cluster.models import Shape, read_shape
 from cluster.patient import PatientStore
-from cluster.records import BaseModelRef, CheckpointRef, RunRecord
+from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord, RunRecord
 from cluster.session import joined
 from cluster.store import Store, open_store
 from cluster.who import submitter
-from jobs import dataset, limits, runs
+from jobs import dataset, limits, runs, terms
 from jobs.attempts import Attempts
 from jobs.config import FullConfig, LoraConfig, Method, Recipe
 from jobs.plan import Plan, make_plan, shape_of
@@ -43,6 +44,8 @@ def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     began = time.time()
     recipe = load(path, Recipe, overrides)
     limits.check(recipe)
+    gate = Gate.here()
+    terms.require(recipe, gate)
     shape = shape_of(recipe.model)
     if shape:
         make_plan(recipe, shape)
@@ -52,28 +55,35 @@ def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     files = [dataset.locate_all(names, store, Path.cwd()) for names in (recipe.data.train, recipe.data.evaluation)]
     parent = runs.find_checkpoint(store, recipe.from_) if recipe.from_ else None
     with joined(recipe.cluster, recipe.train.fewest, recipe.train.most, recipe.secrets):
-        record, shape = begin(recipe, files, parent, store)
+        record, shape = begin(recipe, files, parent, store, gate)
         return _carry_out(record, recipe, shape, store, began)
 
 
 def begin(
-    recipe: Recipe, files: list[list[tuple[str, Path]]], parent: CheckpointRef | None, store: Store
+    recipe: Recipe, files: list[list[tuple[str, Path]]], parent: CheckpointRef | None, store: Store, gate: Gate
 ) -> tuple[RunRecord, Shape]:
     """Pin the model, tokenise, and write run.json: all that comes before a worker is taken.
 
     Args:
         files: those to train on, and those to evaluate on.
     """
-    base = models.pin(recipe.model, store)
-    if parent:
-        _check_parent(recipe, base, runs.find(store, parent.run_id).record)
+    begun = runs.find(store, parent.run_id).record if parent else None
+    if begun:
+        terms.require(recipe, gate, terms.of_parent(begun, gate))
+    base = models.pin(recipe.model, store, gate.of_model(recipe.model))
+    if begun:
+        _check_parent(recipe, base, begun)
+    _judge(recipe, base, begun, store, gate)  # before gigabytes are fetched
     folder = models.fetch(recipe.model, base, store)
+    licences = _judge(recipe, base, begun, store, gate, folder)
+    for duty in licences.duties:
+        say(f"licence: {duty}")
     shape = read_shape(folder)
     plan = make_plan(recipe, shape)
     _check_model(folder, recipe)
     say(summary(recipe, plan))
     prepared = [_prepare(some, recipe, folder, store) for some in files if some]
-    record = _write_record(store, recipe, base, prepared, parent)
+    record = _write_record(store, recipe, base, prepared, parent, licences)
     say(f"run {record.run_id} in {store.url}")
     if not recipe.publish:
         say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
@@ -102,14 +112,17 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
     secret.load(recipe.secrets)
     if started := runs.attempts(store, run_id):  # as it was last, where memory has corrected the recipe
         recipe = recipe.at(micro_batch=min(recipe.train.micro_batch, started[-1].micro_batch))
+    record = found.record
+    if record.licences is None:  # begun before licences were judged
+        record = record.model_copy(update={"licences": _judge(recipe, record.base, None, store, Gate.here())})
     with joined(recipe.cluster, recipe.train.fewest, recipe.train.most, recipe.secrets):
-        folder = models.fetch(recipe.model, found.record.base, store)
+        folder = models.fetch(recipe.model, record.base, store)
         shape = read_shape(folder)
         say(summary(recipe, make_plan(recipe, shape)))
         runs.clear_stop_requests(store, run_id)
         runs.tell(store, run_id, f"resumed by {submitter()}; it was {found.state}", "resuming")
         say(f"run {run_id} in {store.url}")
-        return _carry_out(found.record, recipe, shape, store, began)
+        return _carry_out(record, recipe, shape, store, began)
 
 
 RESUMABLE = (
@@ -199,6 +212,23 @@ def _check_parent(recipe: Recipe, base: BaseModelRef, parent: RunRecord) -> None
         raise ConfigError(faults)
 
 
+def _judge(
+    recipe: Recipe,
+    base: BaseModelRef,
+    begun: RunRecord | None,
+    store: Store,
+    gate: Gate,
+    folder: Path | None = None,
+) -> LicenceRecord:
+    """Judge once more, with what the store knows of the base and of the run that this one begins from, and its card.
+
+    Raises LicenceRefused. What it returns goes into the run's record: resuming and publishing keep to it.
+    """
+    more = models.artefacts(store, base) + (terms.of_parent(begun, gate) if begun else ())
+    judged = terms.require(recipe, gate, more, folder)
+    return gate.record(tuple(dict.fromkeys([*terms.artefacts_of(recipe, gate, folder), *more])), judged)
+
+
 def _check_model(folder: Path, recipe: Recipe) -> None:
     from jobs.lora import check_targets
     from jobs.model import skeleton
@@ -219,7 +249,12 @@ def _prepare(files: list[tuple[str, Path]], recipe: Recipe, folder: Path, store:
 
 
 def _write_record(
-    store: Store, recipe: Recipe, base: BaseModelRef, prepared: list[str], parent: CheckpointRef | None
+    store: Store,
+    recipe: Recipe,
+    base: BaseModelRef,
+    prepared: list[str],
+    parent: CheckpointRef | None,
+    licences: LicenceRecord,
 ) -> RunRecord:
     record = RunRecord(
         run_id=new_run_id(recipe.name),
@@ -230,6 +265,7 @@ def _write_record(
         versions={"luthier": __version__} | {name: version(name) for name in VERSIONS},
         base=base,
         parent=parent,
+        licences=licences,
         created_at=records.now(),
     )
     store.create(keys.run_record(record.run_id), record.to_bytes())

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cluster.licences.notice import NOTICE, add_licences
 from cluster.models import WANTED_FILES
-from cluster.records import BaseModelRef
+from cluster.records import BaseModelRef, LicenceRecord
 from jobs.model import DTYPES
 from jobs.zero import ZeroEngine
 
@@ -62,7 +63,7 @@ def write_adapter(model: PeftModel, weights: dict[str, Tensor], base: BaseModelR
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ADAPTER_WEIGHTS, {"format": "pt"}
     )
-    (folder / "NOTICE").write_text(
+    (folder / NOTICE).write_text(
         f"This adapter was trained with Luthier from {base.name} (revision {base.revision}),\n"
         f"which is under the licence {base.licence}. Using the adapter means using that model: its terms apply.\n"
     )
@@ -74,8 +75,16 @@ def write_model(model: PreTrainedModel, weights: dict[str, Tensor], base_folder:
     model.save_pretrained(folder, state_dict=weights)
     for pattern in WANTED_FILES:
         for path in base_folder.glob(pattern):
-            if not path.name.endswith((".safetensors", ".index.json")) and not (folder / path.name).exists():
+            is_weights = path.name.endswith((".safetensors", ".index.json"))
+            if not is_weights and not path.name.startswith(NOTICE) and not (folder / path.name).exists():
                 shutil.copy(path, folder / path.name)
+
+
+def add_notice(licences: LicenceRecord, base_folder: Path, folder: Path) -> None:
+    """Add what the run's licences want to be said to the NOTICE, and the base's own licence files."""
+    with (folder / NOTICE).open("a") as file:
+        file.write(f"\n{licences.notice}")
+    add_licences(base_folder, folder)
 
 
 @torch.no_grad()

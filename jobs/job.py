@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.records import BaseModelRef, CheckpointRef
+from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord
 from cluster.store import Store
 from jobs.config import Recipe
 
@@ -21,3 +21,4 @@ class Job:
     parent: CheckpointRef | None
     store: Store
     board: Any
+    licences: LicenceRecord | None = None  # nothing is published without

@@ -13,8 +13,10 @@ from pathlib import Path
 
 from cluster.errors import PlanError
 from cluster.gpus import find_gpu
+from cluster.licences.chain import Judgement
+from cluster.licences.gate import Gate
 from cluster.models import ModelConfig, Shape, read_shape
-from jobs import cost, limits
+from jobs import cost, limits, terms
 from jobs.config import LoraConfig, Recipe
 from jobs.memory import GIB, RUNTIME_BYTES, Memory, peak, snapshot_bytes
 from jobs.tensors import is_dora, trained_parameters
@@ -66,6 +68,7 @@ class Survey:
         at_most: the plan for the most workers, where that is another number.
         advice: what makes it fit, when it does not; each was planned, and fits.
         refused: the limits that even the least which it can take is above.
+        licences: the verdict on each use that the organisation's policy means.
     """
 
     recipe: Recipe
@@ -75,9 +78,10 @@ class Survey:
     cost: cost.Cost
     advice: tuple[Advice, ...]
     refused: tuple[str, ...]
+    licences: tuple[Judgement, ...]
 
     @classmethod
-    def of(cls, recipe: Recipe, shape: Shape, folder: Path) -> "Survey":
+    def of(cls, recipe: Recipe, shape: Shape, folder: Path, gate: Gate) -> "Survey":
         """Survey a recipe whose data files count from `folder`. Raises PlanError for an unknown GPU type."""
         plan = best_plan(recipe, shape)
         is_gpu = recipe.cluster.accelerator == "gpu"
@@ -93,6 +97,7 @@ class Survey:
             cost=found,
             advice=() if plan.fits else tuple(advise(recipe, shape)),
             refused=tuple(limits.above(recipe, found)),
+            licences=terms.judge(recipe, gate),
         )
 
     def to_dict(self) -> dict[str, object]:
@@ -103,12 +108,20 @@ class Survey:
             "model": self.recipe.model.name,
             "method": self.recipe.method.kind,
             "cluster": self.recipe.cluster.name,
-            "licence": {"id": self.recipe.model.licence, "verdict": None},
+            "licence": self._licence(),
             "at_most": asdict(self.at_most) if self.at_most else None,
             "work": asdict(self.work),
             "cost": asdict(self.cost),
             "advice": [asdict(each) for each in self.advice],
             "limits": {**self.recipe.limits.model_dump(include={"hours", "usd"}), "refused": list(self.refused)},
+        }
+
+    def _licence(self) -> dict[str, object]:
+        strictest = max(self.licences, key=lambda each: each.level)
+        return {
+            "id": self.recipe.model.licence,
+            "verdict": str(strictest.level),
+            "uses": {each.use: each.to_dict() for each in self.licences},
         }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cluster import models, registry
 from cluster.errors import AdapterRefused
 from cluster.models import ModelConfig
-from cluster.records import BaseModelRef
+from cluster.records import BaseModelRef, LicenceRecord
 from cluster.store import Store
 from jobs import export
 from jobs.zero import ZeroEngine
@@ -37,8 +37,13 @@ def publish_adapter(
     run_id: str,
     step: int,
     metrics: dict[str, float],
+    licences: LicenceRecord,
+    base_folder: Path,
 ) -> dict[str, Any] | None:
     """Publish the adapter under training as the next version of `name`. A collective.
+
+    Args:
+        licences: how the run was judged; its notice and the licence files of `base_folder` go along.
 
     Returns:
         On rank 0 {"name", "version", "digest"}; None elsewhere.
@@ -60,8 +65,9 @@ def publish_adapter(
             with tempfile.TemporaryDirectory() as temporary:
                 folder = Path(temporary)
                 export.write_adapter(peft_model, weights, base, model.source if model.is_hub else base.name, folder)
+                export.add_notice(licences, base_folder, folder)
                 save_file({"input_ids": probe_ids, "logits": adapted}, folder / PROBE)
-                record = registry.publish(store, name, folder, base, run_id, step, metrics)
+                record = registry.publish(store, name, folder, base, run_id, step, metrics, licences.artefacts)
             published = [{"name": record.name, "version": record.version, "digest": record.digest}]
         except AdapterRefused as error:
             published = [error]
@@ -116,7 +122,13 @@ def adapter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def publish_model(
-    engine: ZeroEngine, store: Store, name: str, base_folder: Path, model: ModelConfig, run_id: str
+    engine: ZeroEngine,
+    store: Store,
+    name: str,
+    base_folder: Path,
+    model: ModelConfig,
+    run_id: str,
+    licences: LicenceRecord,
 ) -> dict[str, Any] | None:
     """Publish a full fine-tune as a revision of model `name`. A collective. Returns {"name", "revision"} on rank 0."""
     weights = export.gather_frozen(engine) | export.gather(engine, model.dtype)
@@ -129,10 +141,12 @@ def publish_model(
             with tempfile.TemporaryDirectory() as temporary:
                 folder = Path(temporary)
                 export.write_model(engine.module, weights, base_folder, folder)
+                export.add_notice(licences, base_folder, folder)
                 described = ModelConfig(
                     name=name, source=str(folder), revision=None, licence=model.licence, dtype=model.dtype, shape=None
                 )
-                published = [{"name": name, "revision": models.mirror(described, folder, store, f"run {run_id}")}]
+                revision = models.mirror(described, folder, store, f"run {run_id}", licences.artefacts)
+                published = [{"name": name, "revision": revision}]
     dist.broadcast_object_list(published)
     if isinstance(published[0], AdapterRefused):
         raise published[0]

@@ -94,12 +94,26 @@ def _work(job: Job) -> None:
     metrics = trainer.finish()
     published = None
     if recipe.publish and state == "succeeded":
+        if job.licences is None:
+            raise RunFailed(f"run {job.run_id} was never judged by its licences, so nothing is published")
         if isinstance(recipe.method, FullConfig):
-            published = publish.publish_model(engine, job.store, recipe.publish.name, folder, recipe.model, job.run_id)
+            published = publish.publish_model(
+                engine, job.store, recipe.publish.name, folder, recipe.model, job.run_id, job.licences
+            )
         else:
             ids = torch.from_numpy(dataset.sample(0)[0][:PROBE_TOKENS].astype(np.int64))[None]
             published = publish.publish_adapter(
-                engine, job.store, recipe.publish.name, job.base, recipe.model, ids, job.run_id, trainer.step, metrics
+                engine,
+                job.store,
+                recipe.publish.name,
+                job.base,
+                recipe.model,
+                ids,
+                job.run_id,
+                trainer.step,
+                metrics,
+                job.licences,
+                folder,
             )
     if rank == 0:
         checkpoint_key = ray.get(job.board.checkpoint.remote())

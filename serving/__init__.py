@@ -6,6 +6,7 @@ config     what `configs/serving/NAME.yaml` holds
 protocol   OpenAI's requests and answers, and errors as HTTP (pure)
 structured what an answer must be, as requests say it: JSON, a schema, a pattern (pure)
 resolver   `model` in a request → the base or an adapter version; aliases are live
+permits    what may answer by its licences, and what /v1/models shows for them
 calls      what the ingress asks of a replica, and what comes back
 ingress    the HTTP side: routes, streaming, headers
 replica    one engine with its tokenizer and adapters, as a Serve deployment

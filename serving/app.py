@@ -12,6 +12,7 @@ from serving.adapters import HALF_LIFE
 from serving.autoscale import Settings, TokenPolicy
 from serving.config import ServingConfig
 from serving.ingress import Ingress
+from serving.permits import Permits
 from serving.replica import Replica
 from serving.router import AdapterRouter
 
@@ -38,9 +39,16 @@ def build(
     base: BaseModelRef,
     router: type[RequestRouter] = AdapterRouter,
     half_life: float = HALF_LIFE,
+    licences: Permits | None = None,
 ) -> Application:
     """Bind the deployments. `base` is the pinned model that both sides speak of; `router` sends calls to replicas, and
-    `half_life` says how long those remember what was asked for when they evict adapters (adapters.py)."""
+    `half_life` says how long those remember what was asked for when they evict adapters (adapters.py). `licences` is
+    what may be answered with; by the policy found here if not given.
+
+    Raises LicenceRefused when the base may not be served.
+    """
+    permits = licences or Permits.here(config)
+    permits.check(None)
     replicas = config.replicas
     replica = serve.deployment(
         Replica,
@@ -63,7 +71,7 @@ def build(
         graceful_shutdown_timeout_s=replicas.drain_timeout_s,
         ray_actor_options={"num_cpus": config.http.cpus},
     )
-    return ingress.bind(config, base, replica.bind(config, base, half_life))
+    return ingress.bind(config, base, replica.bind(config, base, half_life), licences=permits)
 
 
 def _autoscaling(config: ServingConfig) -> AutoscalingConfig:

@@ -35,6 +35,9 @@ def deploy(
     from serving.config import ServingConfig
 
     loaded = load(config, ServingConfig, overrides or [])
+    from serving.permits import Permits
+
+    Permits.here(loaded).check(None)
     from serving import deploy as deployment
 
     deployment.join(address)

@@ -29,6 +29,7 @@ from cluster.store import Store, open_store
 from serving.app import REPLICA, build
 from serving.calls import ReplicaStatus
 from serving.config import ServingConfig
+from serving.permits import Permits
 
 _POLL_S = 0.5
 _STATUS_TIMEOUT_S = 30.0
@@ -58,19 +59,26 @@ def join(address: str | None) -> None:
 def deploy(config: ServingConfig, timeout_s: float, tell: Callable[[str], None]) -> str:
     """Deploy onto the cluster that this process has joined; returns the URL once it answers.
 
-    Raises ConfigError and ModelError before anything is changed, RunFailed with the replica's reason when it cannot
-    start, PlanError when it is still not up after `timeout_s`: the cluster then has too little, and goes on trying.
+    Raises ConfigError, ModelError and LicenceRefused before anything is changed, RunFailed with the replica's reason
+    when it cannot start, PlanError when it is still not up after `timeout_s`: the cluster then has too little, and goes
+    on trying.
     """
     secret.load(config.secrets)
     store = open_store(config.store)
-    base = models.pin(config.model, store)
+    permits = Permits.here(config)
+    permits.check(None)
+    base = models.pin(config.model, store, permits.base)
+    permits = permits.with_base(models.artefacts(store, base))
+    permits.check(None)
+    for duty in permits.duties(None):
+        tell(f"{config.name}: licence: {duty}")
     for warning in _warnings(config, store, base):
         tell(f"warning: {warning}")
     serve.start(http_options={"host": config.http.host, "port": config.http.port})
     _check_http(config)
     _check_other_applications(config)
     serve.run_many(
-        [RunTarget(target=build(config, base), name=config.name, route_prefix="/")],
+        [RunTarget(target=build(config, base, licences=permits), name=config.name, route_prefix="/")],
         wait_for_applications_running=False,
     )
     deadline = time.monotonic() + timeout_s

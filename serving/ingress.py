@@ -39,6 +39,7 @@ from serving.answers import Answer, ChatAnswer, CompletionAnswer, Json
 from serving.calls import Accepted, Call, ChoiceEvent
 from serving.config import ServingConfig
 from serving.engine.pace import Pace
+from serving.permits import Permits
 from serving.protocol import ChatRequest, CompletionRequest, HttpError, describe, describe_status, parse
 from serving.resolver import Resolver, ServedModel
 
@@ -55,13 +56,21 @@ _log = logging.getLogger(__name__)
 class Ingress:
     """One process that speaks HTTP. Made by Serve, which runs the ASGI application that this gives it."""
 
-    def __init__(self, config: ServingConfig, base: BaseModelRef, replicas: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self,
+        config: ServingConfig,
+        base: BaseModelRef,
+        replicas: DeploymentHandle[Any],
+        licences: Permits | None = None,
+    ) -> None:
         secret.load(config.secrets)
         self._base = base
         self._quantization = config.quantization
         self._replicas = replicas
         self._may_be_none = config.replicas.min == 0
-        self._resolver = Resolver(open_store(config.store), base, config.adapters.alias_refresh_s, self._prefetch)
+        self._permits = licences or Permits.here(config)
+        refresh_s = config.adapters.alias_refresh_s
+        self._resolver = Resolver(open_store(config.store), base, refresh_s, self._prefetch, self._permits.check)
         self._requests = counter(metrics.REQUESTS)
         self._pace = Pace()  # in calls answered
 
@@ -208,6 +217,7 @@ class Ingress:
         shown: Json = {"id": model.id, "object": "model", "created": model.created, "owned_by": "luthier"}
         if self._quantization is not None:
             shown["quantization"] = self._quantization  # of the base, on which the adapters stand too
+        shown |= self._permits.shown(model.id, model.adapter)
         if model.adapter is None:
             return {**shown, "digest": self._base.revision}
         version = f"{model.adapter.name}@{model.adapter.version}"

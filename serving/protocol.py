@@ -21,6 +21,7 @@ from cluster.errors import (
     AdapterNotFound,
     AdapterRefused,
     InvalidRequest,
+    LicenceRefused,
     LuthierError,
     ObjectDamaged,
     Overloaded,
@@ -311,6 +312,8 @@ def describe(error: Exception) -> HttpError:
             return HttpError(429, "rate_limit_error", message, None, "overloaded", headers)
         case RequestError():
             return HttpError(400, "invalid_request_error", message)
+        case LicenceRefused():
+            return HttpError(403, "permission_error", message, "model", "licence_refused")
         case AdapterRefused():
             # Not 409 or 5xx: those are tried again by OpenAI's client, and the same bytes are refused again.
             return HttpError(422, "invalid_request_error", message, "model", "adapter_refused")

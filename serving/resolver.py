@@ -7,9 +7,10 @@
 
 Store calls block, so they run in threads; however many requests ask at once, one look-up runs. What does not exist is
 remembered too, so that a stream of wrong names costs the store nothing, and a name just published is live within
-`refresh_s`. A version that an alias has moved to is prepared first (loaded by a replica) while the one before still
-answers, in the other half of `refresh_s`. While the store does not answer, the last known answer holds, and the log
-says so. An adapter of another base is refused, and the base never answers in an adapter's place.
+`refresh_s`. What its licences do not permit is refused (permits.py). A version that an alias has moved to is prepared
+first (loaded by a replica) while the one before still answers, in the other half of `refresh_s`. While the store does
+not answer, the last known answer holds, and the log says so. An adapter of another base is refused, and the base never
+answers in an adapter's place.
 """
 
 import asyncio
@@ -24,7 +25,15 @@ from datetime import datetime
 from typing import Generic, TypeVar
 
 from cluster import registry
-from cluster.errors import AdapterNotFound, ConfigError, LuthierError, ObjectDamaged, StoreError, UnknownModel
+from cluster.errors import (
+    AdapterNotFound,
+    ConfigError,
+    LicenceRefused,
+    LuthierError,
+    ObjectDamaged,
+    StoreError,
+    UnknownModel,
+)
 from cluster.records import AdapterRecord, BaseModelRef
 from cluster.store import Store
 
@@ -50,6 +59,10 @@ class ServedModel:
 
 
 async def _nothing(_: object) -> None:
+    pass
+
+
+def _everything(_: object) -> None:
     pass
 
 
@@ -124,10 +137,14 @@ class Resolver:
         base: BaseModelRef,
         refresh_s: float,
         prepare: Callable[[AdapterRecord], Awaitable[None]] | None = None,
+        permit: Callable[[AdapterRecord | None], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`prepare` is called with a version that an alias has moved to, before it takes the other's place."""
+        """`prepare` is called with a version that an alias has moved to, before it takes the other's place; `permit`
+        raises LicenceRefused for what may not answer, the base (None) included. Without it nothing here answers: what
+        is resolved is only held ready."""
         self._prepare = prepare or _nothing
+        self._permit = permit or _everything
         self._store = store
         self._base = base
         self._refresh_s = refresh_s
@@ -143,6 +160,7 @@ class Resolver:
         Raises UnknownModel, which says what there is, and StoreError when the store was never reached for this name.
         """
         if model == self._base.name:
+            self._permit(None)
             return None
         prefix, colon, rest = model.partition(":")
         if colon and prefix != self._base.name:
@@ -157,6 +175,7 @@ class Resolver:
                 f"{record.base.revision}, and {self._base.name} at {self._base.revision} is served here; "
                 "ask where its base is served, or train it anew on this one"
             )
+        self._permit(record)
         return record
 
     async def model(self, name: str) -> ServedModel:
@@ -226,9 +245,17 @@ class Resolver:
             except AdapterNotFound as error:  # of one alias; the others are listed all the same
                 _log.warning("%s is left out of the list of models: %s", id_, error)
                 continue
-            if self._is_ours(record):
+            if self._is_ours(record) and self._is_permitted(record):
                 served.append(ServedModel(id_, _seconds(record.created_at), record))
         return served
+
+    def _is_permitted(self, record: AdapterRecord) -> bool:
+        try:
+            self._permit(record)
+        except LicenceRefused as error:
+            _log.warning("%s@%s is left out of the list of models: %s", record.name, record.version, error)
+            return False
+        return True
 
     def _is_ours(self, record: AdapterRecord) -> bool:
         return (record.base.name, record.base.revision) == (self._base.name, self._base.revision)

@@ -14,6 +14,7 @@ from cluster.config import Config, load
 from cluster.store import open_store
 from serving.app import build
 from serving.config import ServingConfig
+from serving.permits import Permits
 
 
 class Arguments(Config):
@@ -26,4 +27,7 @@ class Arguments(Config):
 def application(arguments: Arguments) -> Application:
     """What `luthier serving deploy` would deploy. Raises ConfigError and ModelError before anything is started."""
     config = load(Path(arguments.config), ServingConfig, arguments.overrides)
-    return build(config, models.pin(config.model, open_store(config.store)))
+    store, permits = open_store(config.store), Permits.here(config)
+    permits.check(None)
+    base = models.pin(config.model, store, permits.base)
+    return build(config, base, licences=permits.with_base(models.artefacts(store, base)))

@@ -9,6 +9,8 @@ import pytest
 
 from cluster.config import Config, load
 from cluster.gpus import GpuTable
+from cluster.licences.facts import Facts
+from cluster.licences.organisation import Organisation
 from cluster.models import ModelConfig
 from cluster.place import ClusterConfig
 from jobs.config import Recipe
@@ -31,6 +33,8 @@ SCHEMAS: dict[str, type[Config]] = {
     "hardware": GpuTable,
     "recipes": Recipe,
     "serving": ServingConfig,
+    "licences": Facts,
+    "organisation": Organisation,
 }
 
 
@@ -104,7 +108,7 @@ def test_light_commands_import_no_torch(command: list[str]) -> None:
     "path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
 )
 def test_every_shipped_config_resolves_and_plans(path: Path) -> None:
-    config = load(path, SCHEMAS[path.parent.name])
+    config = load(path, SCHEMAS.get(path.stem) or SCHEMAS[path.parent.name])
     assert path.read_text().startswith("# "), "its first line is the command that runs it"
     if isinstance(config, Recipe):
         shape = shape_of(config.model)

@@ -131,6 +131,7 @@ def prepare(setting: Setting, recipes: list[Path]) -> list[str]:
     """What a driver does before it starts workers, for each recipe. Returns the run ids."""
     os.environ["RAY_ADDRESS"] = setting.address
     from cluster.config import load
+    from cluster.licences.gate import Gate
     from cluster.session import joined
     from cluster.store import open_store
     from jobs import dataset, driver
@@ -142,7 +143,7 @@ def prepare(setting: Setting, recipes: list[Path]) -> list[str]:
         for recipe in loaded:
             store = open_store(recipe.store)
             files = dataset.locate_all(recipe.data.train, store, setting.out)
-            begun.append(driver.begin(recipe, [files], None, store)[0].run_id)
+            begun.append(driver.begin(recipe, [files], None, store, Gate.here())[0].run_id)
     return begun
 
 
@@ -161,7 +162,8 @@ def train(setting: Setting, store_url: str, record: RunRecord, changes: dict[str
     recipe = load(path, Recipe).at(**changes)
     board = join(setting)
     store = open_store(store_url)
-    work(Job(record.run_id, recipe, record.base, zero, record.dataset, record.evaluation, record.parent, store, board))
+    data = (record.dataset, record.evaluation)
+    work(Job(record.run_id, recipe, record.base, zero, *data, record.parent, store, board, record.licences))
     import torch.distributed as dist
 
     result = ray.get(board.result.remote())

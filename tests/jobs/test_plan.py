@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster.config import load
 from cluster.errors import ConfigError, PlanError
+from cluster.licences.gate import Gate
 from cluster.models import ModelConfig, Shape, read_shape
 from jobs import memory
 from jobs.config import LoraConfig, Recipe, ScheduleConfig
@@ -227,7 +228,7 @@ def test_steps_follow_from_the_size_of_local_data(tmp_path: Path) -> None:
     size = 6_000_000
     (tmp_path / "rows.jsonl").write_bytes(b"x" * size)
     loaded = recipe(*GPU, "data.train=[rows.jsonl]", "train.steps=null", "train.epochs=3")
-    found = Survey.of(loaded, shape(loaded), tmp_path)
+    found = Survey.of(loaded, shape(loaded), tmp_path, Gate.here())
     low, high = size / BYTES_PER_TOKEN[1], size / BYTES_PER_TOKEN[0]
     assert found.work.tokens == Span(3 * low, 3 * high)
     assert found.work.steps == Span(3 * -(-low // 65_536), 3 * -(-high // 65_536))
@@ -236,7 +237,7 @@ def test_steps_follow_from_the_size_of_local_data(tmp_path: Path) -> None:
 
 def test_hours_and_money_come_from_the_table() -> None:
     loaded = recipe(*GPU, "train.steps=1000")
-    found = Survey.of(loaded, shape(loaded), Path()).cost
+    found = Survey.of(loaded, shape(loaded), Path(), Gate.here()).cost
     assert found.hours
     assert found.usd
     # Llama-3-8B trains a LoRA at 12,473 tokens/s on one H100 (NeMo AutoModel): so would this, within the range.
@@ -246,7 +247,7 @@ def test_hours_and_money_come_from_the_table() -> None:
     assert found.usd.high == pytest.approx(found.hours.high * 4 * 6.88)
     assert "2026-11-09" in found.basis
     unpriced = recipe(*GPU, "cluster.gpu=null")
-    assert Survey.of(unpriced, shape(unpriced), Path()).cost.usd is None
+    assert Survey.of(unpriced, shape(unpriced), Path(), Gate.here()).cost.usd is None
 
 
 @pytest.mark.parametrize(
@@ -272,7 +273,8 @@ def test_the_command_says_what_does_not_fit_and_exits_with_2() -> None:
     said = json.loads(done.stdout)
     assert not said["fits"]
     assert said["memory"]["optimizer"] > 0
-    assert said["licence"] == {"id": "apache-2.0", "verdict": None}
+    assert said["licence"]["id"] == "apache-2.0"
+    assert said["licence"]["verdict"] == "allowed"
     first = " ".join(said["advice"][0]["overrides"])
     assert f"this fits: {first}" in done.stderr
     assert json.loads(luthier("method={kind: full}", "train.workers=1", "cluster=gpu-80gb", "--json").stdout) == said

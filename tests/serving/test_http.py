@@ -15,7 +15,7 @@ import pytest
 
 from cluster import registry
 from cluster.models import ModelConfig
-from cluster.records import BaseModelRef
+from cluster.records import Artefact, BaseModelRef
 from serving import deploy
 from serving.calls import ReplicaStatus
 from serving.config import ReplicaConfig
@@ -124,6 +124,30 @@ def test_an_adapter_of_another_base_is_refused(served: Served) -> None:
     assert refused.status_code == 404
     assert "belongs to base other-base at revision r9" in refused.json()["error"]["message"]
     assert "foreign" not in httpx.get(f"{served.url}/models").text
+
+
+def test_an_adapter_that_its_licences_refuse_never_answers(served: Served) -> None:
+    folder = served.model.adapter(LoraRecipe(301))
+    base = Artefact(kind="base", name=BASE, licence="apache-2.0")
+    chains = {"trained-on-nc": "cc-by-nc-4.0", "trained-on-llamas": "llama3.3"}
+    for name, licence in chains.items():
+        made = Artefact(kind="teacher" if "llama" in name else "data", name="lab/source", licence=licence)
+        registry.publish(served.store, name, folder, served.base, "run-301", 301, artefacts=(base, made))
+    for path, body in (("/chat/completions", chat_body()), ("/completions", {"prompt": "a", "max_tokens": 2})):
+        for reference in ("trained-on-nc@1", f"{BASE}:trained-on-nc@1"):
+            refused = post(served, path, {**body, "model": reference})
+            assert refused.status_code == 403, refused.text
+            error = refused.json()["error"]
+            assert (error["code"], error["param"]) == ("licence_refused", "model")
+            assert "lab/source is under CC-BY-NC-4.0" in error["message"]
+    assert httpx.get(f"{served.url}/models/trained-on-nc@1").status_code == 403
+    assert "trained-on-nc" not in httpx.get(f"{served.url}/models").text
+    with pytest.raises(openai.PermissionDeniedError, match="does not allow commercial use"):
+        served.client().chat.completions.create(model="trained-on-nc@1", messages=USER)
+    shown = httpx.get(f"{served.url}/models/trained-on-llamas@1").json()
+    assert (shown["built_with"], shown["display_name"]) == (["Built with Llama"], "llama-trained-on-llamas@1")
+    assert shown["licences"] == ["Apache-2.0", "llama3.3"]
+    assert post(served, "/chat/completions", chat_body(model="trained-on-llamas@1")).status_code == 200
 
 
 @pytest.mark.parametrize(

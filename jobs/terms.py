@@ -1,0 +1,69 @@
+"""What a recipe's result is made from, and whether the licences of all that allow what is meant to be done with it.
+
+    recipe ─▸ the base with what it was made from, data sources, their teachers ─▸ cluster/licences ─▸ a verdict a use
+
+Files on this machine and in the store are one's own unless the recipe says otherwise; what comes from the Hub is not.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from cluster.licences.card import origin
+from cluster.licences.chain import Judgement
+from cluster.licences.gate import Gate, is_own
+from cluster.records import Artefact, RunRecord
+from jobs.config import Recipe
+
+_HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)")
+
+
+def artefacts_of(recipe: Recipe, gate: Gate, folder: Path | None = None) -> tuple[Artefact, ...]:
+    """All that the recipe's result is made from, as far as it is known without the store and a network.
+
+    Args:
+        folder: where the model is, once it is on this machine: its card says more.
+    """
+    return tuple(dict.fromkeys([*gate.of_model(recipe.model, folder), *_data(recipe, gate)]))
+
+
+def _data(recipe: Recipe, gate: Gate) -> Iterator[Artefact]:
+    for source in recipe.data.train:  # what is only measured leaves nothing in the weights
+        said = recipe.data.licence_of(source)
+        hub = _HUB.match(source)
+        name = hub[1] if hub else source
+        if hub and not is_own(said.licence if said else None):
+            yield from origin(name, "data", gate.facts, None, said.licence if said else None)
+        elif said and said.licence and not is_own(said.licence):
+            yield Artefact(kind="data", name=name, licence=said.licence)
+        for teacher in said.teachers if said else ():
+            yield from origin(teacher, "teacher", gate.facts, name)
+
+
+def judge(recipe: Recipe, gate: Gate) -> tuple[Judgement, ...]:
+    """The verdict on each use that is meant."""
+    return gate.judge_all(artefacts_of(recipe, gate), published_name(recipe))
+
+
+def require(
+    recipe: Recipe, gate: Gate, more: tuple[Artefact, ...] = (), folder: Path | None = None
+) -> tuple[Judgement, ...]:
+    """As `judge`, with more that only the store and the model's folder know.
+
+    Raises LicenceRefused unless every use passes.
+    """
+    artefacts = tuple(dict.fromkeys([*artefacts_of(recipe, gate, folder), *more]))
+    return gate.require(artefacts, recipe.model.name, published_name(recipe))
+
+
+def of_parent(record: RunRecord, gate: Gate) -> tuple[Artefact, ...]:
+    """What the weights of another run were made from, where these begin."""
+    if record.licences:
+        return record.licences.artefacts
+    return artefacts_of(Recipe.model_validate_json(json.dumps(record.recipe), strict=True), gate)  # an older record
+
+
+def published_name(recipe: Recipe) -> str | None:
+    """What the result will be called."""
+    return recipe.publish.name if recipe.publish else None
