@@ -41,7 +41,7 @@ def adapter(*artefacts: Artefact, licence: str = "apache-2.0") -> AdapterRecord:
 def test_a_record_of_before_the_gate_is_judged_by_its_base(tmp_path: Path) -> None:
     permits = Permits.here(config(tmp_path))
     permits.check(adapter())
-    with pytest.raises(LicenceRefused, match="base is under CC-BY-NC-4.0"):
+    with pytest.raises(LicenceRefused, match=r"base is under CC-BY-NC-4.0"):
         permits.check(adapter(licence="cc-by-nc-4.0").model_copy(update={"version": 2}))
 
 
