@@ -154,7 +154,7 @@ def until(condition: Callable[[], bool], told: Callable[[], object]) -> None:
 
 
 def is_empty(cluster: LocalCluster) -> bool:
-    """Whether all nodes that came have gone, Ray has seen it, and its autoscaler asks for none: a refused one neither."""
+    """Whether all nodes that came have gone, Ray has seen it, and none is asked for, be it one that is refused."""
     if cluster.nodes() or len(cluster.alive()) > 1:
         return False
     scaler = gather(cluster.dashboard_url, None, None).autoscaler
