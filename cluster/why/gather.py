@@ -148,7 +148,8 @@ def _autoscaler(reader: _Reader, head: str, status: str) -> Autoscaler | None:
         return None
     return Autoscaler(
         groups=groups or {},
-        starting=autoscaler.starting(status),
+        # The head too is shown as one that is coming, for a moment after its start.
+        starting={group: many for group, many in autoscaler.starting(status).items() if group in (groups or {})},
         failed=autoscaler.failed(reader.log(head, "monitor.log"), status),
         is_alive=autoscaler.is_alive(reader.log(head, "gcs_server.out", _GCS_LINES)),
         error=reader.log(head, "monitor.err"),

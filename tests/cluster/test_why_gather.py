@@ -203,6 +203,20 @@ def test_the_disk_of_a_node_is_the_one_that_ray_writes_to(dashboard: Start) -> N
 SERVED = {"status": "DEPLOYING", "message": "", "deployments": {}}
 
 
+CONFIG = (
+    "2026-11-26 01:41:17,338 INFO 73 -- Using Autoscaling Config: \n"
+    "available_node_types: {head: {max_workers: 0}, small: {max_workers: 1, resources: {CPU: 1}}}\n"
+    "head_node_type: head\n\n2026-11-26 01:41:17,339 more\n"
+)
+
+
+def test_the_head_is_no_node_that_is_coming(dashboard: Start) -> None:
+    status = {"data": {"clusterStatus": "\nPending:\n 10.0.0.1: head, starting ray\n small, 1 launching\n"}}
+    scaler = gather(dashboard(status=status, log=CONFIG), None, None).autoscaler
+    assert scaler
+    assert scaler.starting == {"small": 1}
+
+
 def test_a_replica_that_waits_is_its_applications(dashboard: Start) -> None:
     replica = {**ACTOR, "class_name": "ServeReplica:served:Engine", "state": "PENDING_CREATION", "node_id": None}
     url = dashboard(

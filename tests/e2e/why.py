@@ -154,8 +154,11 @@ def until(condition: Callable[[], bool], told: Callable[[], object]) -> None:
 
 
 def is_empty(cluster: LocalCluster) -> bool:
-    """Whether all nodes that came have gone, and Ray has seen it."""
-    return not cluster.nodes() and len(cluster.alive()) == 1
+    """Whether all nodes that came have gone, Ray has seen it, and none is asked for, be it one that is refused."""
+    if cluster.nodes() or len(cluster.alive()) > 1:
+        return False
+    scaler = gather(cluster.dashboard_url, None, None).autoscaler
+    return scaler is not None and not scaler.starting
 
 
 def program(*lines: str) -> str:
