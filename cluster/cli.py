@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from cluster.doctor.cli import app as doctor
 from cluster.errors import LuthierError
 from cluster.launch.cli import app as launch
 from cluster.ledger import By
 from cluster.licences.cli import app as licences
-from cluster.logs import console, fail
+from cluster.logs import fail, show
 
 GROUPS = {
     "jobs": "fine-tune: plan, submit, train, look at runs",
@@ -61,17 +60,6 @@ def run(group: typer.Typer, name: str, arguments: list[str]) -> None:
         group(arguments, prog_name=name)
     except LuthierError as error:
         sys.exit(fail(error))
-
-
-def show(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool = False) -> None:
-    """Print rows as a table of these columns, or all of them as a JSON array."""
-    if as_json:
-        print(json.dumps(rows))
-        return
-    table = Table(*columns, box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
-    console().print(table)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from cluster.errors import LuthierError, exit_code
 
@@ -20,6 +21,17 @@ def console() -> Console:
     """A console that neither wraps nor colours where nobody looks (pipes, job logs)."""
     terminal = sys.stdout.isatty()
     return Console(highlight=False, soft_wrap=not terminal, width=None if terminal else 10_000)
+
+
+def show(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool = False) -> None:
+    """Print rows as a table of these columns, or all of them as a JSON array."""
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(*columns, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
+    console().print(table)
 
 
 def say(text: str) -> None:

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.cli import AsJson, StoreUrl, show
+from cluster.cli import AsJson, StoreUrl
+from cluster.logs import show
 
 app = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True, pretty_exceptions_enable=False)
 

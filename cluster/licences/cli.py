@@ -74,10 +74,10 @@ def audit(
     bom: Annotated[bool, typer.Option("--bom", help="print a CycloneDX ML-BOM")] = False,
 ) -> None:
     """Judge all models, adapters and data that a store holds, for every use."""
-    from cluster.cli import show
     from cluster.licences import audit as auditing
     from cluster.licences.bom import bom as ml_bom
     from cluster.licences.gate import Gate
+    from cluster.logs import show
     from cluster.store import open_existing
 
     gate = Gate.here()

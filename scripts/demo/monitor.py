@@ -19,10 +19,9 @@ from typing import Any, Self
 import httpx
 
 from cluster import metrics
-from cluster.cli import show
 from cluster.dashboards.alerts import rules
 from cluster.errors import InputError, LuthierError
-from cluster.logs import fail
+from cluster.logs import fail, show
 from cluster.processes import HOST, free_ports
 
 DISCOVERY = "prom_metrics_service_discovery.json"
