@@ -1,17 +1,22 @@
 """What may answer, and what is shown for it; over HTTP the same is in test_http.py."""
 
+import asyncio
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cluster import registry
 from cluster.errors import LicenceRefused
+from cluster.folder import FolderStore
 from cluster.licences import gate as licences
 from cluster.licences.gate import Gate
 from cluster.models import ModelConfig
 from cluster.records import AdapterRecord, Artefact, BaseModelRef
 from serving.app import build
 from serving.config import ServingConfig
+from serving.ingress import Ingress
 from serving.permits import Permits
 from tests.serving.endpoint import free_port, serving_config
 
@@ -57,6 +62,28 @@ def test_what_the_store_knows_of_the_base_counts_for_every_adapter(tmp_path: Pat
 def test_an_application_of_a_refused_base_is_not_built(tmp_path: Path) -> None:
     with pytest.raises(LicenceRefused, match="does not allow commercial use"):
         build(config(tmp_path, "cc-by-nc-4.0"), BASE)
+
+
+def test_the_ingress_resolves_nothing_that_is_refused(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (made / file).write_text("{}")
+    store = FolderStore(tmp_path / "store")
+    data = Artefact(kind="data", name="lab/nc", licence="cc-by-nc-4.0")
+    for name, artefacts in (("good", ()), ("bad", (data,))):
+        registry.publish(store, name, made, BASE, "run", 1, artefacts=artefacts)
+
+    async def main() -> None:
+        nowhere: Any = None  # no call is made
+        resolver = Ingress(config(tmp_path), BASE, nowhere)._resolver
+        assert [model.id for model in await resolver.models()] == ["base", "good@1"]
+        assert await resolver.resolve("good@1")
+        for reference in ("bad@1", "base:bad@1"):
+            with pytest.raises(LicenceRefused, match="lab/nc is under CC-BY-NC-4.0"):
+                await resolver.resolve(reference)
+
+    asyncio.run(main())
 
 
 def test_a_base_shows_what_its_licence_wants_to_be_shown(tmp_path: Path) -> None:
