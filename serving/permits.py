@@ -48,9 +48,9 @@ class Permits:
 
     def check(self, record: AdapterRecord | None) -> None:
         """Raise LicenceRefused unless this adapter, or the base (None), may answer."""
-        if self.gate.organisation.hosts == "no":
+        if self.gate.organisation.hosts == "nobody":
             raise LicenceRefused(
-                f"{self.name}: configs/policy/organisation.yaml says that we host nothing (hosts: no); correct it"
+                f"{self.name}: configs/policy/organisation.yaml says that we host nothing (hosts: nobody); correct it"
             )
         licences.check([self._judge(record)], f"{record.name}@{record.version}" if record else self.name)
 

@@ -274,7 +274,7 @@ def _signed(
         found = [each for each in organisation.signoffs if each.covers(reason.subjects, use, today)]
         if reason.level == Level.REVIEW and found:
             until = f" until {found[0].until}" if found[0].until else ""
-            text = f"signed off by {found[0].by} on {found[0].on}{until}: {found[0].why}"
+            text = f"signed off by {found[0].by} on {found[0].signed_on}{until}: {found[0].why}"
             signed.add(Duty("sign-off", found[0].subject, text, "you"))
         else:
             open_.append(reason)

@@ -26,19 +26,19 @@ class SignOff(Config):
     subject: str = Field(min_length=1, description="as the verdict names it: a licence, a model or data set, or a pair")
     uses: tuple[Use, ...] = Field(min_length=1)
     by: str = Field(min_length=1, description="name of a person")
-    on: Day
+    signed_on: Day  # not `on`, which YAML reads as true
     until: Day | None = Field(None, description="the last day on which it holds")
     why: str = Field(min_length=1)
 
     @model_validator(mode="after")
     def _real_days(self) -> "SignOff":
-        if date.fromisoformat(self.until or self.on) < date.fromisoformat(self.on):
-            raise ValueError(f"until {self.until} is before on {self.on}")
+        if date.fromisoformat(self.until or self.signed_on) < date.fromisoformat(self.signed_on):
+            raise ValueError(f"until {self.until} is before signed_on {self.signed_on}")
         return self
 
     def covers(self, subjects: tuple[str, ...], use: Use, today: date) -> bool:
         """Whether it is for one of these subjects, this use and this day."""
-        is_time = date.fromisoformat(self.on) <= today and (
+        is_time = date.fromisoformat(self.signed_on) <= today and (
             self.until is None or today <= date.fromisoformat(self.until)
         )
         return is_time and use in self.uses and normal(self.subject) in map(normal, subjects)
@@ -48,7 +48,7 @@ class Organisation(Config):
     """What `configs/policy/organisation.yaml` holds. What is left out is not known: a review, where it matters."""
 
     commercial: bool = Field(description="whether what is made is used for business")
-    hosts: Literal["no", "internal", "external"] = Field(
+    hosts: Literal["nobody", "internal", "external"] = Field(
         description="who sends requests to what is served: nobody, people of ours, or others too"
     )
     distributes: bool = Field(description="whether weights are given to others")
@@ -63,7 +63,7 @@ class Organisation(Config):
         """What is meant to be done with what is trained here."""
         return (
             "train",
-            *(("serve",) if self.hosts != "no" else ()),
+            *(("serve",) if self.hosts != "nobody" else ()),
             *(("distribute",) if self.distributes else ()),
         )
 

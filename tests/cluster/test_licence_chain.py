@@ -3,6 +3,7 @@
 import json
 import pickle
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from cluster.config import load
 from cluster.licences.chain import Judgement, judge
 from cluster.licences.facts import Facts, load_facts
 from cluster.licences.gate import Gate
@@ -41,7 +43,7 @@ artefacts = st.builds(artefact, tags, st.sampled_from(["base", "data", "teacher"
 organisations = st.fixed_dictionaries(
     {
         "commercial": st.booleans(),
-        "hosts": st.sampled_from(["no", "internal", "external"]),
+        "hosts": st.sampled_from(["nobody", "internal", "external"]),
         "distributes": st.booleans(),
         "monthly_users": st.sampled_from([None, 1000, 10**9]),
         "regions": st.sampled_from([(), ("EU",), ("US",)]),
@@ -73,7 +75,7 @@ def test_signing_everything_off_lifts_reviews_and_nothing_else(
     plain = verdict(*chain, use=use, **who)
     subjects = {subject for reason in plain.reasons for subject in reason.subjects}
     signoffs = [
-        {"subject": each, "uses": list(USES), "by": "Ada", "on": "2026-01-01", "why": "read"}
+        {"subject": each, "uses": list(USES), "by": "Ada", "signed_on": "2026-01-01", "why": "read"}
         for each in sorted(subjects | set(IDS) | {each.name for each in chain})
     ]
     signed = verdict(*chain, use=use, **{**who, "signoffs": signoffs})
@@ -152,15 +154,23 @@ def test_a_teachers_name_goes_into_the_pupils() -> None:
 
 
 def test_a_sign_off_holds_for_its_use_and_its_days() -> None:
-    given_ = {"subject": "llama4", "uses": ["train"], "by": "Ada", "on": "2026-11-01", "why": "read"}
+    given_ = {"subject": "llama4", "uses": ["train"], "by": "Ada", "signed_on": "2026-11-01", "why": "read"}
     llama = artefact("llama4")
     assert verdict(llama, signoffs=[given_]).passes
     assert not verdict(llama, use="serve", signoffs=[given_]).passes
     assert not verdict(llama, signoffs=[given_ | {"until": "2026-11-25"}]).passes
     assert verdict(llama, signoffs=[given_ | {"until": "2026-11-26"}]).passes
-    assert not verdict(llama, signoffs=[given_ | {"on": "2026-11-27"}]).passes
-    with pytest.raises(ValidationError, match="is before on"):
+    assert not verdict(llama, signoffs=[given_ | {"signed_on": "2026-11-27"}]).passes
+    with pytest.raises(ValidationError, match="is before signed_on"):
         SignOff.model_validate_json(json.dumps(given_ | {"until": "2026-10-01"}))
+
+
+def test_a_policy_file_says_it_as_a_person_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "organisation.yaml"
+    sign_off = '{subject: llama4, uses: [train], by: Ada, signed_on: "2026-11-01", until: "2027-11-01", why: read}'
+    path.write_text(f"commercial: false\nhosts: nobody\ndistributes: false\nsignoffs: [{sign_off}]\n")
+    read = load(path, Organisation)
+    assert (read.uses, read.signoffs[0].by) == (("train",), "Ada")
 
 
 def test_a_table_that_contradicts_itself_is_refused() -> None:

@@ -76,7 +76,11 @@ def test_plain_peft_loads_what_was_published_and_answers_as_the_trainer(
                 plain = adapted(input_ids=probe["input_ids"]).logits[0, -1]
         torch.testing.assert_close(logits, probe["logits"], atol=1e-4, rtol=0)
         assert (logits - plain).abs().max() > 0.1
-        assert "apache-2.0" in (folder / "NOTICE").read_text()
+        assert "credit tiny-test, its licence and that it was changed" in (folder / "NOTICE").read_text()
+        judged = records.read(pair.store, keys.run_record(record.run_id), RunRecord).licences
+        assert judged
+        assert judged.verdicts == {"train": "allowed", "serve": "allowed"}
+        assert record.artefacts == judged.artefacts
         state = registry.alias_state(pair.store, record.name)
         assert state
         assert state.stable == 1
@@ -99,7 +103,7 @@ def test_a_full_fine_tune_is_a_standard_folder(
     ids = tokenizer("Please send three red lamps to Mira in Oslo.", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert (model(ids).logits - before(ids).logits).abs().max() > 0.1
-    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in folder.iterdir()} >= {"NOTICE", "config.json", "model.safetensors", "tokenizer.json"}
 
 
 def test_a_killed_worker_costs_a_checkpoint_interval_and_nothing_else(

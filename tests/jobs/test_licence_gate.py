@@ -245,7 +245,7 @@ def test_a_run_from_refused_weights_is_refused_before_anything_is_stored(tmp_pat
     store, parent = FolderStore(tmp_path / "store"), CheckpointRef(run_id="earlier", step=1)
     begun(store, tiny(store), NC)
     before = [item.key for item in store.list("")]
-    with pytest.raises(LicenceRefused, match=r"lab/nc is under CC-BY-NC-4.0"):
+    with pytest.raises(LicenceRefused, match=r"lab/nc is under CC-BY-NC-4\.0"):
         driver.begin(tiny(store), [], parent, store, Gate.here())
     assert [item.key for item in store.list("")] == before
 
@@ -253,7 +253,7 @@ def test_a_run_from_refused_weights_is_refused_before_anything_is_stored(tmp_pat
 def test_a_parent_of_before_the_gate_is_judged_by_its_recipe(tmp_path: Path) -> None:
     store, parent = FolderStore(tmp_path / "store"), CheckpointRef(run_id="earlier", step=1)
     begun(store, tiny(store, "data.train=[hf://datasets/tatsu-lab/alpaca/a.jsonl]"), judged=False)
-    with pytest.raises(LicenceRefused, match=r"tatsu-lab/alpaca is under CC-BY-NC-4.0"):
+    with pytest.raises(LicenceRefused, match=r"tatsu-lab/alpaca is under CC-BY-NC-4\.0"):
         driver.begin(tiny(store), [], parent, store, Gate.here())
 
 
@@ -269,7 +269,7 @@ def test_a_stored_base_is_judged_by_what_its_record_says(tmp_path: Path) -> None
         artefacts=(NC,),
     )
     store.create(keys.model_manifest("tiny-orders", "r1"), manifest.to_bytes())
-    with pytest.raises(LicenceRefused, match=r"lab/nc is under CC-BY-NC-4.0"):
+    with pytest.raises(LicenceRefused, match=r"lab/nc is under CC-BY-NC-4\.0"):
         driver.begin(tiny(store), [], None, store, Gate.here())
 
 
@@ -283,5 +283,5 @@ def test_resuming_keeps_to_what_was_decided_and_judges_what_never_was(
         driver.resume("earlier", old.url, [])
     decided = FolderStore(tmp_path / "decided")
     begun(decided, recipe, Artefact(kind="base", name="tiny-orders", licence="cc-by-nc-4.0"))
-    with pytest.raises(PlanError, match=r"127.0.0.1:1"):  # so it went on, to look for its cluster
+    with pytest.raises(PlanError, match=r"127\.0\.0\.1:1"):  # so it went on, to look for its cluster
         driver.resume("earlier", decided.url, ["cluster.address=127.0.0.1:1"])

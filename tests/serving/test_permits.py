@@ -1,17 +1,22 @@
 """What may answer, and what is shown for it; over HTTP the same is in test_http.py."""
 
+import asyncio
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cluster import registry
 from cluster.errors import LicenceRefused
+from cluster.folder import FolderStore
 from cluster.licences import gate as licences
 from cluster.licences.gate import Gate
 from cluster.models import ModelConfig
 from cluster.records import AdapterRecord, Artefact, BaseModelRef
 from serving.app import build
 from serving.config import ServingConfig
+from serving.ingress import Ingress
 from serving.permits import Permits
 from tests.serving.endpoint import free_port, serving_config
 
@@ -41,7 +46,7 @@ def adapter(*artefacts: Artefact, licence: str = "apache-2.0") -> AdapterRecord:
 def test_a_record_of_before_the_gate_is_judged_by_its_base(tmp_path: Path) -> None:
     permits = Permits.here(config(tmp_path))
     permits.check(adapter())
-    with pytest.raises(LicenceRefused, match=r"base is under CC-BY-NC-4.0"):
+    with pytest.raises(LicenceRefused, match=r"base is under CC-BY-NC-4\.0"):
         permits.check(adapter(licence="cc-by-nc-4.0").model_copy(update={"version": 2}))
 
 
@@ -59,6 +64,28 @@ def test_an_application_of_a_refused_base_is_not_built(tmp_path: Path) -> None:
         build(config(tmp_path, "cc-by-nc-4.0"), BASE)
 
 
+def test_the_ingress_resolves_nothing_that_is_refused(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (made / file).write_text("{}")
+    store = FolderStore(tmp_path / "store")
+    data = Artefact(kind="data", name="lab/nc", licence="cc-by-nc-4.0")
+    for name, artefacts in (("good", ()), ("bad", (data,))):
+        registry.publish(store, name, made, BASE, "run", 1, artefacts=artefacts)
+
+    async def main() -> None:
+        nowhere: Any = None  # no call is made
+        resolver = Ingress(config(tmp_path), BASE, nowhere)._resolver
+        assert [model.id for model in await resolver.models()] == ["base", "good@1"]
+        assert await resolver.resolve("good@1")
+        for reference in ("bad@1", "base:bad@1"):
+            with pytest.raises(LicenceRefused, match=r"lab/nc is under CC-BY-NC-4\.0"):
+                await resolver.resolve(reference)
+
+    asyncio.run(main())
+
+
 def test_a_base_shows_what_its_licence_wants_to_be_shown(tmp_path: Path) -> None:
     shown = Permits.here(config(tmp_path, "gemma")).shown("base", None)
     assert shown["licences"] == ["gemma"]
@@ -71,7 +98,7 @@ def test_a_base_shows_what_its_licence_wants_to_be_shown(tmp_path: Path) -> None
 
 def test_a_sign_off_ends_while_it_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate.here()
-    sign_off = {"subject": "llama4", "uses": ["serve"], "by": "Ada", "on": "2026-01-01", "why": "read"}
+    sign_off = {"subject": "llama4", "uses": ["serve"], "by": "Ada", "signed_on": "2026-01-01", "why": "read"}
     who = gate.organisation.model_dump() | {"signoffs": [sign_off | {"until": licences.today().isoformat()}]}
     signed = Gate(facts=gate.facts, organisation=type(gate.organisation).model_validate(who))
     permits = Permits("base", signed, (Artefact(kind="base", name="base", licence="llama4"),))
@@ -84,6 +111,6 @@ def test_a_sign_off_ends_while_it_is_served(tmp_path: Path, monkeypatch: pytest.
 
 def test_who_hosts_nothing_serves_nothing(tmp_path: Path) -> None:
     gate = Gate.here()
-    none = Gate(facts=gate.facts, organisation=gate.organisation.model_copy(update={"hosts": "no"}))
-    with pytest.raises(LicenceRefused, match="hosts: no"):
+    none = Gate(facts=gate.facts, organisation=gate.organisation.model_copy(update={"hosts": "nobody"}))
+    with pytest.raises(LicenceRefused, match="hosts: nobody"):
         Permits("base", none, Permits.here(config(tmp_path)).base).check(None)
