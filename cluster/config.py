@@ -83,7 +83,15 @@ def load(path: Path, schema: type[Schema], overrides: Sequence[str] = ()) -> Sch
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `1e-4` as a float and refuses a key given twice."""
+    """SafeLoader that reads `1e-4` as a float, and refuses a key given twice and aliases, which can hide a bomb."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the alias *{event.anchor}: write out what it stands for", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -126,6 +134,9 @@ class _Source:
             node = yaml.compose(text, _Loader)
         except (OSError, UnicodeDecodeError) as error:
             self.faults.append(Fault(str(path), "", f"cannot be read: {error}"))
+            return {}
+        except RecursionError:
+            self.faults.append(Fault(str(path), "", "is nested too deeply to be a config"))
             return {}
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark

@@ -32,12 +32,18 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class FolderStore:
-    """The objects below `root`, which is made if it is not there."""
+    """The objects below `root`, which is made when the store is opened, and never again."""
 
-    def __init__(self, root: Path) -> None:
-        """Raises StoreDenied without the right to make `root`, StoreUnreachable if it cannot be a folder."""
+    def __init__(self, root: Path, is_new: bool = True) -> None:
+        """Raises StoreDenied without the right to make `root`, StoreUnreachable if it cannot be a folder.
+
+        Args:
+            is_new: make it, if it is not there.
+        """
         self._root = root.absolute()
         self.url = self._root.as_uri()
+        if not is_new:
+            return
         try:
             self._root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -47,8 +53,8 @@ class FolderStore:
                 "correct `store:` or make the folder with the right owner"
             ) from error
 
-    def __reduce__(self) -> tuple[type["FolderStore"], tuple[Path]]:
-        return FolderStore, (self._root,)
+    def __reduce__(self) -> tuple[type["FolderStore"], tuple[Path, bool]]:
+        return FolderStore, (self._root, False)
 
     def impatient(self) -> "FolderStore":
         return self
@@ -80,6 +86,7 @@ class FolderStore:
         if folder:
             check_key(folder)
         with self._errors_named("list", prefix):
+            self._check_root()
             yield from _walk(self._root / folder, f"{folder}/" if folder else "", prefix)
 
     def delete(self, key: str) -> None:
@@ -90,7 +97,10 @@ class FolderStore:
 
     def exists(self, key: str) -> bool:
         with self._errors_named("look for", key):
-            return self._path(key).is_file()
+            if self._path(key).is_file():
+                return True
+            self._check_root()
+            return False
 
     def upload(self, source: Path | mmap, key: str) -> None:
         target = self._path(key)
@@ -120,12 +130,18 @@ class FolderStore:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def _check_root(self) -> None:
+        """A folder that has gone since (a disk that is not mounted any more) is an outage, and not made again."""
+        if not self._root.is_dir():
+            raise StoreUnreachable(f"the store's folder {self._root} is not there any more; is its disk mounted?")
+
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
     @contextmanager
     def _temporary(self, target: Path) -> Iterator[tuple[BinaryIO, Path]]:
         """An open file beside `target` and its path; whatever happens, nothing of that name is left."""
+        self._check_root()
         _make_folders(target.parent)
         temporary = target.with_name(f"{TEMPORARY}{uuid4().hex}")
         try:
@@ -155,6 +171,7 @@ class FolderStore:
         try:
             yield
         except FileNotFoundError as error:
+            self._check_root()
             raise ObjectNotFound(f"{self.url}/{key} does not exist") from error
         except (NotADirectoryError, FileExistsError, IsADirectoryError) as error:
             # On a disk `a` cannot be a file and a folder; on S3 it can. Keys must not rely on that.

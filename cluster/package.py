@@ -7,6 +7,7 @@ Which files those are is Ray's own decision (its walk over .gitignore and .rayig
 import fnmatch
 import logging
 import os
+import re
 import stat
 from collections import Counter
 from collections.abc import Iterable
@@ -20,8 +21,16 @@ MAX_BYTES = 100 << 20
 
 _LARGEST = 5  # folders that are named
 
-_KEYS = (".env", ".env.*", "*.pem", "*.p12", "id_rsa", "id_ed25519", "credentials", ".netrc", "*-key.json")
+_KEYS = (
+    *(".env", ".env.*", "*.env", "*.pem", "*.p12", "id_rsa", "id_ed25519", "credentials", "*-key.json"),
+    *(".netrc", ".npmrc", ".pypirc", "kubeconfig", "kube.config"),
+)
 """Names of files that hold nothing but secrets."""
+
+_PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:\\n|\r?\n)")
+"""How a private key begins in a file of any name; in JSON its lines end in a written `\\n`."""
+
+_LOOKED_AT_BYTES = 64 << 10  # no key is longer, and of large files only the beginning is read
 
 
 @dataclass(frozen=True)
@@ -68,10 +77,18 @@ class Shipment:
         faults += [
             Fault(str(self.root / path), "", "looks like a secret, and would be sent along; put it into .rayignore")
             for path in self.files
-            if any(fnmatch.fnmatch(path.name, pattern) for pattern in _KEYS)
+            if any(fnmatch.fnmatch(path.name, pattern) for pattern in _KEYS) or _holds_a_key(self.root / path)
         ]
         if faults:
             raise ConfigError(faults)
+
+
+def _holds_a_key(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return _PRIVATE_KEY.search(file.read(_LOOKED_AT_BYTES)) is not None
+    except OSError:
+        return False  # Ray says so when it cannot read it
 
 
 def shipment(root: Path) -> Shipment:

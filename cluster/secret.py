@@ -54,6 +54,8 @@ def looks_like_one(text: str) -> bool:
 def check(secrets: Mapping[str, str]) -> None:
     """Raise ValueError unless each says where its value is kept."""
     for name, reference in secrets.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"{name!r} cannot be a variable's name: write letters, digits and '_'")
         parts = urlsplit(reference)
         if not reference.startswith(SCHEME) or parts.netloc not in PLACES or len(parts.path) < 2:
             raise ValueError(

@@ -34,6 +34,8 @@ _AGAIN_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # between looks at a cluster that does n
 _HEARTBEAT_S = 20.0
 _LOOKS = 3  # at the log of a job that is over: it lies on its driver's node, which leaves a cluster that scales
 
+_RAYS_OWN = (env.RAY_ADDRESS, "RAY_API_SERVER_ADDRESS")
+
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 """Ray's states of a job that is over."""
 
@@ -72,7 +74,10 @@ class Submission:
             options += ["--entrypoint-label-selector", json.dumps(OFF_SPOT)]
         if self.metadata:
             options += ["--metadata-json", json.dumps(self.metadata)]
-        return shlex.join(["ray", "job", "submit", *options, "--", *self.command])
+        plain = shlex.join(["ray", "job", "submit", *options, "--", *self.command])
+        # Ray takes the variable before the option.
+        other = os.environ.get(env.RAY_ADDRESS, address).rstrip("/") != address
+        return f"{env.RAY_ADDRESS}={shlex.quote(address)} {plain}" if other else plain
 
 
 class Cluster:
@@ -260,7 +265,12 @@ class Cluster:
     def _client(self) -> Any:
         from ray.job_submission import JobSubmissionClient
 
-        return JobSubmissionClient(self.address, headers=headers())
+        # Ray's client takes these variables before the address that it is given.
+        hidden = {name: os.environ.pop(name) for name in _RAYS_OWN if name in os.environ}
+        try:
+            return JobSubmissionClient(self.address, headers=headers())
+        finally:
+            os.environ.update(hidden)
 
 
 def headers() -> dict[str, str]:

@@ -88,7 +88,7 @@ def _strategy(survey: Survey) -> Iterator[tuple[str, str]]:
 
 def _memory(survey: Survey) -> Iterator[tuple[str, str]]:
     plan = survey.plan
-    device = "GPU" if survey.recipe.cluster.accelerator == "gpu" else "worker (resident)"
+    device = "GPU" if survey.recipe.cluster.accelerator == "gpu" else "worker"
     yield f"memory of a {device}", f"peak at the {plan.memory.moment} of a step"
     for name, value in plan.memory.parts().items():
         if value:

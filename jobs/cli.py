@@ -68,6 +68,7 @@ def submit(
     Submitting the same again follows the run that there is.
     """
     from cluster.config import load
+    from cluster.errors import ConfigError, Fault
     from cluster.licences.gate import Gate
     from jobs import limits, terms
     from jobs.config import Recipe
@@ -75,6 +76,9 @@ def submit(
 
     given = [*(overrides or []), *limits.overrides(max_hours, max_cost)]
     loaded = load(recipe, Recipe, given)
+    if loaded.cluster.address == "local":
+        fault = "is `local`, a Ray of the driver's own; name a cluster with address: auto, or use `luthier jobs train`"
+        raise ConfigError([Fault(f"cluster {loaded.cluster.name}", "address", fault)])
     limits.check(loaded)
     terms.require(loaded, Gate.here())
     shape = shape_of(loaded.model)
@@ -87,10 +91,15 @@ def submit(
         ["python", "-m", "jobs.train", str(recipe), *given],
         loaded.model_dump_json(),
         loaded.cluster.driver_cpus,
-        [str(recipe), *loaded.data.train, *loaded.data.evaluation],
+        [str(recipe), *_files_of(loaded.model), *loaded.data.train, *loaded.data.evaluation],
         detach=detach,
         again=again,
     )
+
+
+def _files_of(model: Any) -> list[str]:
+    """What a model's folder needs at least, where it is one beside the recipe; `~` is the cluster's own."""
+    return [f"{model.source}/config.json"] if model.is_folder and not model.source.startswith("~") else []
 
 
 def _submit(
@@ -142,6 +151,7 @@ def _submit(
         raise typer.Exit(cluster.follow(submission_id))
     except KeyboardInterrupt:
         print(f"\n{submission_id} goes on; the same command follows it, `ray job stop {submission_id}` ends it")
+        raise typer.Exit(130) from None  # as a shell has it: whoever waits for the job must not take it for done
 
 
 @app.command()

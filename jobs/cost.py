@@ -176,7 +176,10 @@ def _time_and_money(recipe: Recipe, shape: Shape, work: Work) -> tuple[Span | No
     gpu = find_gpu(cluster.gpu)
     own = [price for price in (cluster.prices.gpu_spot, cluster.prices.gpu) if price is not None]
     total = work.tokens * flops_per_token(recipe, shape)
-    peak = recipe.train.fewest * gpu.bf16_tflops * 1e12 * 3600
+    train = recipe.train
+    # A step lasts as long as the worker with most of its sequences, and the others wait for it.
+    busy = train.global_batch / (-(-train.global_batch // train.fewest) * train.fewest)
+    peak = train.fewest * busy * gpu.bf16_tflops * 1e12 * 3600
     hours = Span(total.low / (peak * UTILISATION[1]), total.high / (peak * UTILISATION[0]))
     low, high = UTILISATION
     basis = f"{cluster.gpu}, {gpu.bf16_tflops:g} TFLOP/s, {low:.0%} to {high:.0%} of it reached"

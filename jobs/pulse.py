@@ -146,7 +146,7 @@ class Pulse:
         """Write the limit that was reached into the run's log, once. Raises StoreError."""
         if self._limit and not self._is_limit_told:
             key = self._limit.partition(" ")[0]
-            again = f"`luthier jobs resume {self._run_id} {key}=…` goes on"
+            again = f"`luthier jobs resume {self._run_id} {key}=… --store {self._store.url}` goes on"
             runs.tell(self._store, self._run_id, f"{self._limit}; it saves and stops, and {again}")
             self._is_limit_told = True
 

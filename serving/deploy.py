@@ -44,6 +44,7 @@ def join(address: str | None) -> None:
     if not place:
         raise PlanError(f"which Ray cluster? give --address host:port, or set {env.RAY_ADDRESS}")
     check_address(place)
+    os.environ[env.RAY_ADDRESS] = place  # threads of Serve's join by it, and it may name a dashboard
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # it tells of its own doings on the person's terminal
     packages = [str(Path(package.__file__ or "").parent) for package in (cluster, serving)]
     try:

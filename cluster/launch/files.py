@@ -92,9 +92,12 @@ def make_files(
 
 def write_files(texts: dict[str, str], folder: Path) -> list[Path]:
     """Write them, and return their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, text in texts.items():
-        (folder / file).write_text(text)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, text in texts.items():
+            (folder / file).write_text(text)
+    except OSError as error:
+        raise ConfigError([Fault("command line", "--out", f"cannot write to {folder}: {error.strerror}")]) from None
     return [folder / file for file in texts]
 
 

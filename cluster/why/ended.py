@@ -73,7 +73,8 @@ def environment(facts: Facts) -> Finding | None:
 def failed(facts: Facts) -> Finding | None:
     """What was asked for has failed by itself; its own last words are the evidence."""
     if facts.run and facts.run.state == "failed":
-        return Finding(Cause.FAILED, f"run {facts.run.id} {facts.run.told}", f"`luthier jobs resume {facts.run.id}`")
+        again = f"`luthier jobs resume {facts.run.id} --store …`"
+        return Finding(Cause.FAILED, f"run {facts.run.id} {facts.run.told}", again)
     for job in current(facts)[:1] if facts.asked is not None else ():
         if job.status == "FAILED":
             said = f"; it said last: {job.last_line}" if job.last_line else ""
@@ -90,7 +91,7 @@ def lost(facts: Facts) -> Finding | None:
     return Finding(
         Cause.LOST,
         f"the driver of run {facts.run.id} gives no sign of life; the last it told: {facts.run.told}",
-        f"`luthier jobs resume {facts.run.id}` goes on from its last checkpoint",
+        f"`luthier jobs resume {facts.run.id} --store …` goes on from its last checkpoint",
     )
 
 

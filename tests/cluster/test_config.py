@@ -82,6 +82,8 @@ def test_a_fault_of_the_command_line_does_not_hide_those_of_the_file(tmp_path: P
     [
         ("name: a\nname: b\n", "'name' stands twice"),
         ("name: [a\n", "not valid YAML"),
+        ("name: &a [*a]\n", "the alias *a: write out"),
+        ("name: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
         ("- a\n", "a mapping of keys to values"),
         ("", "a mapping of keys to values"),
         ("name: a\ndrive: {kind: v8, litres: true}\n", "drive.litres: got true"),

@@ -12,7 +12,7 @@ from platform import python_version
 import pytest
 from aiohttp import web
 
-from cluster.submit import Cluster
+from cluster.submit import Cluster, Submission
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -45,7 +45,7 @@ class Dashboard:
         return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
     async def _version(self, _: web.Request) -> web.Response:
-        return web.json_response({"ray_version": version("ray")})
+        return web.json_response({"ray_version": version("ray"), "version": "4"})
 
     async def _metadata(self, _: web.Request) -> web.Response:
         return web.json_response({"data": {"pythonVersion": python_version()}})
@@ -104,3 +104,15 @@ def test_a_job_that_never_had_a_node_has_no_log(dashboard: Dashboard, capsys: py
     dashboard.node, dashboard.tails, dashboard.closes_in_order = None, [], True
     assert Cluster(dashboard.address).follow("some-job") == 2
     assert capsys.readouterr().err == "job some-job: FAILED: no\n"
+
+
+def test_the_address_that_is_given_goes_before_that_of_the_environment(
+    dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's own client has it the other way round: a job would go to another cluster than the one that was checked."""
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    assert Cluster(dashboard.address)._client()._address == dashboard.address
+    line = Submission("name", ["python", "-m", "x"], "").line(dashboard.address, "id")
+    assert line.startswith(f"RAY_ADDRESS={dashboard.address} ray job submit --address {dashboard.address}")
+    monkeypatch.setenv("RAY_ADDRESS", f"{dashboard.address}/")
+    assert Submission("name", ["python", "-m", "x"], "").line(dashboard.address, "id").startswith("ray job submit")

@@ -100,3 +100,22 @@ def test_a_digest_is_of_what_is_sent_and_nothing_else(tmp_path: Path) -> None:
     assert digest(root) == before
     tree(root, {"train.py": "2"})
     assert digest(root) != before
+
+
+KEY = "-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAA\n-----END OPENSSH PRIVATE KEY-----\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("notes.txt", KEY),
+        ("deploy", KEY.replace("OPENSSH", "RSA")),
+        ("account.json", '{"private_key": "-----BEGIN PRIVATE KEY-----\\nMIIE\\n-----END PRIVATE KEY-----"}'),
+        ("prod.env", "A=1"),
+    ],
+)
+def test_a_private_key_is_found_whatever_its_file_is_called(tmp_path: Path, name: str, text: str) -> None:
+    root = tree(tmp_path, {f"sub/{name}": text, "doc.md": "it begins with -----BEGIN PRIVATE KEY----- and goes on"})
+    with pytest.raises(ConfigError, match="1 fault") as refused:
+        shipment(root).check()
+    assert f"sub/{name}" in str(refused.value)

@@ -522,3 +522,26 @@ def test_refusals_are_not_repeated(stub: StubS3, status: int, code: str, kind: t
         S3Store("bucket", "").put("k", b"v")
     assert type(caught.value) is kind
     assert len(stub.puts) == 1
+
+
+def test_a_folder_that_has_gone_is_an_outage_and_is_not_made_again(tmp_path: Path) -> None:
+    """As when a disk is no longer mounted: whoever made the folder anew would write a second, empty store."""
+    root = tmp_path / "store"
+    store = open_store(root.as_uri())
+    store.create("a/b", b"kept")
+    root.rename(tmp_path / "elsewhere")
+    copy = pickle.loads(pickle.dumps(store))
+    for each in (store, copy):
+        for call in (
+            lambda each=each: each.create("a/c", b""),
+            lambda each=each: each.put("a/c", b""),
+            lambda each=each: each.get("a/b"),
+            lambda each=each: each.exists("a/b"),
+            lambda each=each: list(each.list("")),
+        ):
+            with pytest.raises(StoreUnreachable, match="not there any more"):
+                call()
+    assert not root.exists()
+    (tmp_path / "elsewhere").rename(root)
+    copy.create("a/c", b"")
+    assert [item.key for item in store.list("")] == ["a/b", "a/c"]

@@ -127,6 +127,7 @@ def test_what_is_wrong_with_the_cluster_is_said_before_anything_is_sent(
         ),
         (lambda: luthier(ray_cluster, "submit", str(recipe), "--address", ray_cluster.address), "is not a dashboard"),
         (lambda: luthier(ray_cluster, "submit", str(recipe), RAY_ADDRESS=""), "--address"),
+        (lambda: luthier(ray_cluster, "submit", str(recipe), "cluster.address=local"), "name a cluster"),
         (lambda: luthier(ray_cluster, "submit", str(recipe), 'data.train=["rows.jsonl"]'), "is not sent along"),
     ]
     for start, wanted in cases:

@@ -250,6 +250,16 @@ def test_hours_and_money_come_from_the_table() -> None:
     assert Survey.of(unpriced, shape(unpriced), Path(), Gate.here()).cost.usd is None
 
 
+@pytest.mark.parametrize(("workers", "idle"), [(5, 35 / 32), (32, 1), (640, 20)])
+def test_workers_that_wait_for_others_cost_what_they_are_held(workers: int, idle: float) -> None:
+    """Of 32 sequences a step: five workers compute as long as for 35, and of 640 all but 32 have nothing to do."""
+    few, many = recipe(*GPU, "train.steps=1000"), recipe(*GPU, "train.steps=1000", f"train.workers={workers}")
+    cheap, dear = (Survey.of(each, shape(each), Path(), Gate.here()).cost.usd for each in (few, many))
+    assert cheap
+    assert dear
+    assert dear.low == pytest.approx(idle * cheap.low)
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
