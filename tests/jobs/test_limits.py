@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cluster.config import load
 from cluster.errors import ConfigError, InputError, PlanError, exit_code
 from cluster.ledger import MS_PER_HOUR, Spent
+from cluster.licences.gate import Gate
 from cluster.models import Shape
 from jobs import limits
 from jobs.cli import app
@@ -58,7 +59,7 @@ def test_a_limit_in_money_needs_a_price_and_says_where_to_write_it() -> None:
 
 def test_a_plan_above_a_limit_is_refused_at_its_lowest_estimate() -> None:
     plain = recipe()
-    cost = Survey.of(plain, shape(plain), Path()).cost
+    cost = Survey.of(plain, shape(plain), Path(), Gate.here()).cost
     assert cost.hours
     assert cost.usd
     for key, low in (("limits.hours", cost.hours.low), ("limits.usd", cost.usd.low)):
@@ -68,12 +69,12 @@ def test_a_plan_above_a_limit_is_refused_at_its_lowest_estimate() -> None:
             limits.check_plan(refused, shape(refused), Path())
         assert exit_code(caught.value) == 2
     elastic = recipe(f"limits.hours={cost.hours.low * 0.6}", "train.workers=[4,8]")
-    limits.check_plan(elastic, shape(elastic), Path())  # on eight it could be done
+    limits.check_plan(elastic, shape(elastic), Path(), Gate.here())  # on eight it could be done
 
 
 def test_a_plan_counts_with_the_clusters_own_prices() -> None:
     plain, own, spot = (
-        Survey.of(each, shape(each), Path()).cost
+        Survey.of(each, shape(each), Path(), Gate.here()).cost
         for each in (
             recipe(),
             recipe("cluster.prices.gpu=10"),
