@@ -69,7 +69,7 @@ def test_a_plan_above_a_limit_is_refused_at_its_lowest_estimate() -> None:
             limits.check_plan(refused, shape(refused), Path())
         assert exit_code(caught.value) == 2
     elastic = recipe(f"limits.hours={cost.hours.low * 0.6}", "train.workers=[4,8]")
-    limits.check_plan(elastic, shape(elastic), Path(), Gate.here())  # on eight it could be done
+    limits.check_plan(elastic, shape(elastic), Path())  # on eight it could be done
 
 
 def test_a_plan_counts_with_the_clusters_own_prices() -> None:
