@@ -75,7 +75,7 @@ def check_left(run_id: str, limits: LimitsConfig, spent: Spent) -> None:
         )
     if why := reached(limits, spent):
         key = why.partition(" ")[0]
-        again = f"`luthier jobs resume {run_id} {key}=…`"
+        again = f"`luthier jobs resume {run_id} {key}=… --store …`"
         raise InputError(f"run {run_id}: {why}, over all that it has done; {again} goes on with a higher one")
 
 

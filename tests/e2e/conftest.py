@@ -25,6 +25,15 @@ def store(s3: S3Server) -> Iterator[Store]:
         yield open_store(f"s3://{s3.bucket}/shared")
 
 
+@pytest.fixture
+def laptop(ray_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> LocalCluster:
+    """This process, with the cluster's token."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, ray_cluster.environment()[name])
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    return ray_cluster
+
+
 @dataclass(frozen=True)
 class Pair:
     """The last lines of two jobs: the same recipe on one worker with ZeRO-0, and on two nodes with ZeRO-3.

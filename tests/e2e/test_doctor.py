@@ -21,15 +21,6 @@ from tests.servers import StubS3
 
 
 @pytest.fixture
-def laptop(ray_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> LocalCluster:
-    """This process, with the cluster's token."""
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.setenv(name, ray_cluster.environment()[name])
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    return ray_cluster
-
-
-@pytest.fixture
 def readable_token(ray_cluster: LocalCluster) -> Iterator[Path]:
     token = Path(ray_cluster.environment()["RAY_AUTH_TOKEN_PATH"])
     token.chmod(0o644)

@@ -22,15 +22,6 @@ LINES = 400
 
 
 @pytest.fixture
-def laptop(ray_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> LocalCluster:
-    """This process, with the cluster's token."""
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.setenv(name, ray_cluster.environment()[name])
-    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    return ray_cluster
-
-
-@pytest.fixture
 def work(tmp_path: Path) -> Path:
     """A working directory with jobs in it."""
     folder = tmp_path / "work"

@@ -113,7 +113,7 @@ def test_submit_and_train_take_limits_as_the_overrides_that_they_are() -> None:
 
 def test_a_run_with_nothing_left_goes_on_only_with_more() -> None:
     spent = Spent(held_ms=2 * MS_PER_HOUR)
-    said = r"limits\.hours 2 is reached.*`luthier jobs resume r limits\.hours=…`"
+    said = r"limits\.hours 2 is reached.*`luthier jobs resume r limits\.hours=… --store …`"
     with pytest.raises(InputError, match=said) as caught:
         limits.check_left("r", LimitsConfig(hours=2), spent)
     assert exit_code(caught.value) == 2

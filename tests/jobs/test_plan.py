@@ -20,7 +20,7 @@ from cluster.licences.gate import Gate
 from cluster.models import ModelConfig, Shape, read_shape
 from jobs import memory
 from jobs.config import LoraConfig, Recipe, ScheduleConfig
-from jobs.cost import BYTES_PER_TOKEN, DATASET_BYTES_PER_TOKEN, Span
+from jobs.cost import BYTES_PER_TOKEN, DATASET_BYTES_PER_TOKEN, Span, flops_per_token, worker_tokens_per_s
 from jobs.kernels import CHUNK
 from jobs.lora import prepare
 from jobs.memory import GIB
@@ -233,6 +233,16 @@ def test_steps_follow_from_the_size_of_local_data(tmp_path: Path) -> None:
     assert found.work.tokens == Span(3 * low, 3 * high)
     assert found.work.steps == Span(3 * -(-low // 65_536), 3 * -(-high // 65_536))
     assert found.cost.node_disk_bytes == pytest.approx(2 * 8.19e9 + high * DATASET_BYTES_PER_TOKEN, rel=0.01)
+
+
+def test_a_workers_peak_counts_what_is_useful_alone() -> None:
+    """A LoRA of 8.19 billion weights takes about 4 multiplications and additions of each: 989 TFLOP/s are 30,000."""
+    plain, again = recipe(*GPU), recipe(*GPU, "train.activation_checkpointing=true")
+    most = worker_tokens_per_s(plain, shape(plain))
+    assert most == pytest.approx(989e12 / (4 * 7.6e9), rel=0.1)
+    assert worker_tokens_per_s(again, shape(again)) == most
+    assert flops_per_token(again, shape(again)) > 1.4 * flops_per_token(plain, shape(plain))
+    assert worker_tokens_per_s(recipe("cluster.gpu=null"), shape(plain)) is None
 
 
 def test_hours_and_money_come_from_the_table() -> None:
