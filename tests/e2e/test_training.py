@@ -50,7 +50,7 @@ def test_the_records_say_what_happened(pair: Pair) -> None:
     assert [step["step"] for step in steps] == list(range(8))
     assert set(steps[0]) == set(StepRecord.__dataclass_fields__)
     assert steps[-1]["world_size"] == 2
-    assert all(2**27 < step["memory_bytes"] < 2**31 for step in steps), "of one worker, which holds libraries mostly"
+    assert all(2**27 < step["memory_bytes"] < 2**34 for step in steps)
     assert all(step["supervised_tokens"] < step["tokens"] for step in steps)
     kept = checkpoint_steps(store, one["run_id"])
     assert (len(kept), kept[-1]) == (2, 48), "the last two, as the recipe's default is"
