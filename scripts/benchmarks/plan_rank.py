@@ -60,6 +60,7 @@ def take_part() -> None:
     thread = threading.Thread(target=work, args=(job,))
     thread.start()
     thread.join()
+    dist.barrier()  # rank 0 leaves the result after all others have ended
     result = ray.get(board.result.remote())
     if not isinstance(result, dict) or result["state"] != "succeeded":
         raise SystemExit(f"the run did not succeed: {result}")
