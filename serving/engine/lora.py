@@ -39,7 +39,7 @@ from serving.engine.quantized import QuantizedLinear
 
 SEGMENT_ROWS = 16
 KERNEL_ROWS = 128
-"""The same where kernels.c computes the shorter runs: at 64 rows it is still as fast as two products and their calls."""
+"""The same where kernels.c computes the shorter runs: at 64 rows it is as fast as two products and their calls."""
 
 _log = logging.getLogger(__name__)
 
