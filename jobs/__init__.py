@@ -8,6 +8,7 @@ cost        tokens, steps, hours, money, bytes on disks and in the store; no tor
 terms       what the result is made from, and whether the licences of that allow what is meant
 brief       a plan as text
 rows        the rows of a data file, each with its place
+data/       data that can be answered for: looked at, cleaned and described before anything is trained on it
 formats     a row of any common format, to a conversation
 chat        a conversation, rendered by the model's own template, to supervised tokens
 dataset     tokenise once on CPU workers, into the store's dataset cache
@@ -40,8 +41,13 @@ limits      of hours and money: looked at before anything is spent, and while it
 network     the address by which workers find one another
 turn        its place in the queue of a shared cluster
 attempts    one start of the workers after another, until the run has an end
+digests     what a run's record keeps of all that it was made of
 driver      resolve, plan, tokenise, train, publish
 train       `python -m jobs.train RECIPE key=value …`
 resume      `python -m jobs.resume RUN store=URL key=value …`
+lineage     where an adapter, a model or a run comes from, followed through the store's records
+lineage_tree  the same as a tree for a terminal
+reproduction  a run done again from its record, and its losses beside the original's
+reproduce   `python -m jobs.reproduce NAME@3|RUN store=URL key=value …`
 cli         `luthier jobs …`
 """

@@ -207,6 +207,41 @@ def _submit_resume(address: str, run_id: str, store: str, given: list[str]) -> N
 
 
 @app.command()
+def reproduce(
+    reference: Annotated[str, typer.Argument(help="a run, an adapter NAME@3, or a model NAME@REVISION")],
+    store: StoreUrl,
+    overrides: Overrides = None,
+    publish: Annotated[str | None, typer.Option(help="publish the result under this name; no alias moves")] = None,
+    address: Annotated[str | None, typer.Option(help="submit to this dashboard, http://host:8265")] = None,
+    max_hours: MaxHours = None,
+    max_cost: MaxCost = None,
+) -> None:
+    """Do a run once more from its record, as a new run, and compare the losses: exit code 1 if they part by 1e-4.
+
+    With --address as a submitted job, else from here, as `train` does.
+    """
+    from jobs import limits
+
+    given = [*(overrides or []), *([f"publish.name={publish}"] if publish else [])]
+    given += limits.overrides(max_hours, max_cost)
+    if address:
+        from uuid import uuid4
+
+        from cluster.store import open_existing
+        from jobs import lineage
+
+        recipe = lineage.find_run(open_existing(store), reference).recipe
+        kept = [f"secrets.{name}={value}" for name, value in recipe.get("secrets", {}).items()]
+        command = ["python", "-m", "jobs.reproduce", reference, f"store={store}", *kept, *given]
+        cpus = recipe["cluster"].get("driver_cpus", 0.0)
+        _submit(address, recipe["name"], command, uuid4().hex, cpus, [])  # each time is another run
+        return
+    from jobs import reproduction
+
+    raise typer.Exit(reproduction.ended(reproduction.run(reference, store, given)))
+
+
+@app.command()
 def stop(run_id: RunId, store: StoreUrl) -> None:
     """Ask a run to save its state and stop; asked again, it stops at once."""
     from cluster.errors import InputError
@@ -254,13 +289,29 @@ def list_runs(store: StoreUrl, as_json: AsJson = False) -> None:
 
 
 @app.command("show")
-def show_run(run_id: RunId, store: StoreUrl) -> None:
-    """Print one run as JSON: its state, record, events, attempts, checkpoints, last steps and cost."""
+def show_run(
+    run_id: Annotated[str, typer.Argument(help="a run; with --lineage also an adapter NAME@3, a model NAME@REVISION")],
+    store: StoreUrl,
+    lineage: Annotated[bool, typer.Option("--lineage", help="draw what it was made from, to the end")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print one run as JSON: its state, record, events, attempts, checkpoints, last steps and cost.
+
+    With --lineage draw a tree instead (with --json as JSON too): runs, bases, data sets, files, licences, digests.
+    """
     from cluster import keys, ledger
     from cluster.store import open_existing
-    from jobs import runs
+    from jobs import lineage as lineages
+    from jobs import lineage_tree, runs
 
     opened = open_existing(store)
+    if lineage:
+        root = lineages.trace(opened, run_id)
+        if as_json:
+            print(json.dumps(root.to_dict(), indent=2))
+        else:
+            lineage_tree.show(root)
+        return
     found = runs.find(opened, run_id)
     entries = runs.ledger_entries(opened, found.record)
     prefix = keys.checkpoints_prefix(run_id)

@@ -9,34 +9,30 @@ taken. Torch is imported by the checks of model and tokenizer, never before a co
 
 import json
 import secrets
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from cluster import __version__, keys, ledger, models, records, registry, secret
+from cluster import keys, ledger, models, records, registry, secret
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, InputError, LuthierError, RunFailed
 from cluster.licences.gate import Gate
 from cluster.logs import say
 from cluster.models import Shape, read_shape
 from cluster.patient import PatientStore
-from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord, RunRecord
+from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord, RunRecord, SourceFile
 from cluster.session import joined
 from cluster.store import Store, open_store
 from cluster.who import submitter
-from jobs import dataset, limits, runs, terms
+from jobs import dataset, digests, limits, runs, terms
 from jobs.attempts import Attempts
 from jobs.config import FullConfig, LoraConfig, Method, Recipe
 from jobs.plan import Plan, make_plan, shape_of
-
-VERSIONS = ("ray", "torch", "deepspeed", "transformers", "peft")
 
 
 def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -56,7 +52,7 @@ def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     parent = runs.find_checkpoint(store, recipe.from_) if recipe.from_ else None
     with joined(recipe.cluster, recipe.train.fewest, recipe.train.most, recipe.secrets):
         record, shape = begin(recipe, files, parent, store, gate)
-        return _carry_out(record, recipe, shape, store, began)
+        return carry_out(record, recipe, shape, store, began)
 
 
 def begin(
@@ -73,17 +69,18 @@ def begin(
     base = models.pin(recipe.model, store, gate.of_model(recipe.model))
     if begun:
         _check_parent(recipe, base, begun)
-    _judge(recipe, base, begun, store, gate)  # before gigabytes are fetched
+    judge(recipe, base, begun, store, gate)  # before gigabytes are fetched
     folder = models.fetch(recipe.model, base, store)
-    licences = _judge(recipe, base, begun, store, gate, folder)
+    licences = judge(recipe, base, begun, store, gate, folder)
     for duty in licences.duties:
         say(f"licence: {duty}")
     shape = read_shape(folder)
     plan = make_plan(recipe, shape)
     _check_model(folder, recipe)
     say(summary(recipe, plan))
-    prepared = [_prepare(some, recipe, folder, store) for some in files if some]
-    record = _write_record(store, recipe, base, prepared, parent, licences)
+    prepared = [prepare(some, recipe, folder, store) for some in files if some]
+    read = digests.sources(recipe, files[0], files[1] if len(files) > 1 else [], licences)
+    record = write_record(store, recipe, base, prepared, read, parent, licences)
     say(f"run {record.run_id} in {store.url}")
     if not recipe.publish:
         say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
@@ -106,7 +103,7 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         still = "has succeeded: there is nothing to go on with" if found.state == "succeeded" else f"is {found.state}"
         wait = ", or is lost, which shows within a minute" if found.state != "succeeded" else ""
         raise InputError(f"run {run_id} {still}{wait}; `luthier jobs show {run_id} --store {url}` tells more")
-    recipe = _recipe_again(found.record, overrides)
+    recipe = recipe_again(found.record, overrides)
     limits.check(recipe)
     limits.check_left(run_id, recipe.limits, ledger.total(runs.ledger_entries(store, found.record)))
     secret.load(recipe.secrets)
@@ -114,7 +111,7 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         recipe = recipe.at(micro_batch=min(recipe.train.micro_batch, started[-1].micro_batch))
     record = found.record
     if record.licences is None:  # begun before licences were judged
-        record = record.model_copy(update={"licences": _judge(recipe, record.base, None, store, Gate.here())})
+        record = record.model_copy(update={"licences": judge(recipe, record.base, None, store, Gate.here())})
     with joined(recipe.cluster, recipe.train.fewest, recipe.train.most, recipe.secrets):
         folder = models.fetch(recipe.model, record.base, store)
         shape = read_shape(folder)
@@ -122,7 +119,7 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         runs.clear_stop_requests(store, run_id)
         runs.tell(store, run_id, f"resumed by {submitter()}; it was {found.state}", "resuming")
         say(f"run {run_id} in {store.url}")
-        return _carry_out(record, recipe, shape, store, began)
+        return carry_out(record, recipe, shape, store, began)
 
 
 RESUMABLE = (
@@ -133,16 +130,16 @@ RESUMABLE = (
 """What may change when a run goes on: where and how it computes and for how long, never what."""
 
 
-def _recipe_again(record: RunRecord, overrides: Sequence[str]) -> Recipe:
+def recipe_again(record: RunRecord, overrides: Sequence[str], changeable: Sequence[str] = RESUMABLE) -> Recipe:
     """The recipe that a run began with, with changes that leave its mathematics alone. Raises ConfigError."""
     faults = [
         Fault(
             f"command line `{override}`",
             "",
-            f"a run goes on as it began; only {', '.join(RESUMABLE)}, cluster and secrets may change",
+            f"a run goes on as it began; only {', '.join(changeable)}, cluster and secrets may change",
         )
         for override in overrides
-        if (key := override.partition("=")[0]) not in RESUMABLE and key.partition(".")[0] not in ("cluster", "secrets")
+        if (key := override.partition("=")[0]) not in changeable and key.partition(".")[0] not in ("cluster", "secrets")
     ]
     if faults:
         raise ConfigError(faults)
@@ -152,7 +149,7 @@ def _recipe_again(record: RunRecord, overrides: Sequence[str]) -> Recipe:
         return load(path, Recipe, overrides)
 
 
-def _carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Store, began: float) -> dict[str, Any]:
+def carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Store, began: float) -> dict[str, Any]:
     """Train and publish; whatever the end, the run's log tells it."""
     run_id = record.run_id
     store = PatientStore(plain_store.impatient(), recipe.checkpoint.store_patience_s)
@@ -212,7 +209,7 @@ def _check_parent(recipe: Recipe, base: BaseModelRef, parent: RunRecord) -> None
         raise ConfigError(faults)
 
 
-def _judge(
+def judge(
     recipe: Recipe,
     base: BaseModelRef,
     begun: RunRecord | None,
@@ -236,7 +233,7 @@ def _check_model(folder: Path, recipe: Recipe) -> None:
     check_targets(skeleton(folder), recipe.method)
 
 
-def _prepare(files: list[tuple[str, Path]], recipe: Recipe, folder: Path, store: Store) -> str:
+def prepare(files: list[tuple[str, Path]], recipe: Recipe, folder: Path, store: Store) -> str:
     manifest, faults = dataset.prepare(files, recipe.data, folder, store)
     for fault in faults[: dataset.EXAMPLES_SHOWN]:
         say(f"warning: left out {fault.place}: {fault.reason}")
@@ -248,37 +245,39 @@ def _prepare(files: list[tuple[str, Path]], recipe: Recipe, folder: Path, store:
     return manifest.digest
 
 
-def _write_record(
+def write_record(
     store: Store,
     recipe: Recipe,
     base: BaseModelRef,
-    prepared: list[str],
+    datasets: Sequence[str],
+    sources: tuple[SourceFile, ...],
     parent: CheckpointRef | None,
     licences: LicenceRecord,
+    reproduces: str | None = None,
 ) -> RunRecord:
+    """Write run.json, the record of a new run.
+
+    Args:
+        datasets: digests of what to train on and, perhaps, to evaluate on.
+    """
     record = RunRecord(
         run_id=new_run_id(recipe.name),
         recipe=recipe.model_dump(mode="json", by_alias=True),
-        dataset=prepared[0],
-        evaluation=prepared[1] if len(prepared) > 1 else None,
-        code_revision=_code_revision(),
-        versions={"luthier": __version__} | {name: version(name) for name in VERSIONS},
+        dataset=datasets[0],
+        evaluation=datasets[1] if len(datasets) > 1 else None,
+        code_revision=digests.code_revision(),
+        versions=digests.versions(),
         base=base,
         parent=parent,
         licences=licences,
         created_at=records.now(),
+        by=submitter(),
+        sources=sources,
+        digests=digests.describe(store, recipe, base, datasets, sources, parent, licences),
+        reproduces=reproduces,
     )
     store.create(keys.run_record(record.run_id), record.to_bytes())
     return record
-
-
-def _code_revision() -> str:
-    """The git commit of the code, where it runs from a checkout; a shipped working directory has none."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return "unknown"
-    found = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def _conclude(run_id: str, recipe: Recipe, result: dict[str, Any], store: Store) -> dict[str, Any]:
