@@ -27,13 +27,16 @@ from huggingface_hub.errors import (
 )
 from pydantic import Field, model_validator
 
-from cluster import env, keys, records
+from cluster import env, keys, made, records
 from cluster.config import Config
 from cluster.errors import ModelError, ObjectExists, ObjectNotFound
 from cluster.records import Artefact, ArtefactKind, BaseModelRef, ModelManifest
 from cluster.store import Store
 
-WANTED_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
+WANTED_FILES = (
+    *("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"),
+)
 """What is fetched and mirrored of a model. Pickled weights (`*.bin`, `*.pt`) never are: loading them runs code."""
 
 
@@ -191,6 +194,7 @@ def mirror(
     files = tuple(records.describe_file(path, path.name) for path in paths)
     revision = model.revision or records.digest_of(files)[:40]
     manifest = keys.model_manifest(model.name, revision)
+    how = made.read(folder)  # of what was exported from a store, or published as a model
     if not store.exists(manifest):
         for path in paths:
             store.upload(path, keys.model_prefix(model.name, revision) + path.name)
@@ -201,7 +205,8 @@ def mirror(
             licence=model.licence,
             files=files,
             created_at=records.now(),
-            artefacts=made_from,
+            artefacts=tuple(dict.fromkeys([*made_from, *(how.artefacts if how else ())])),
+            made=how,
         )
         with suppress(ObjectExists):  # another job mirrored the same bytes meanwhile
             store.create(manifest, record.to_bytes())
@@ -264,8 +269,7 @@ def from_hub(model: ModelConfig) -> Path:
     """The folder of a Hub model at its pinned revision, from the Hub's cache or the network. Raises ModelError."""
     where = f"{model.source}@{model.revision}"
     try:
-        wanted = [*WANTED_FILES, "README.md"]  # the card, by which its licence is judged
-        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=wanted))
+        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=list(WANTED_FILES)))
     except GatedRepoError:
         raise ModelError(f"{where} is gated: accept its licence on the Hub and set HF_TOKEN") from None
     except (RepositoryNotFoundError, RevisionNotFoundError):

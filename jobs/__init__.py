@@ -26,6 +26,9 @@ trainer     the training loop
 worker      one worker of one attempt: prepare, train, publish
 export      trained weights to a folder that peft or transformers loads
 watchdog    whether a worker's loop still moves, and if not, where it stands
+merge       an adapter merged into its base, compared with the trainer's own logits
+delivery    an adapter version out of the store into a folder, with all that goes along
+card        the model card of what a run has made
 publish     check, probe, and hand to the registry
 progress    step records to the store; the board between driver and workers
 screen      what the driver shows of them

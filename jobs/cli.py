@@ -6,7 +6,6 @@ Nothing here imports torch; `train` and `resume` do when they run. What reads, r
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -398,34 +397,17 @@ def export(
     folder: Annotated[Path, typer.Argument(help="where to write; must not exist")],
     store: StoreUrl,
     internal: Annotated[bool, typer.Option("--internal", help="it stays here: not judged as given to others")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="base and adapter as one model, for transformers")] = False,
 ) -> None:
-    """Write an adapter to a folder that plain peft loads, with its notice and licence texts, if its licences allow it.
+    """Write an adapter to a folder that plain peft loads, with notice, licence texts, model card and luthier.json.
 
     What is exported may go anywhere, so it is judged as given to others, under the folder's name.
     """
-    from cluster import keys, records, registry
-    from cluster.errors import ConfigError, Fault, InputError
-    from cluster.licences import notice
-    from cluster.licences.gate import Gate
     from cluster.store import open_existing
+    from jobs.delivery import deliver
 
-    if folder.exists():
-        raise ConfigError([Fault(str(folder), "", "exists already; name a new folder")])
-    opened = open_existing(store)
-    record = registry.resolve(opened, reference)
-    gate, artefacts = Gate.here(), record.chain
-    (judged,) = gate.require(artefacts, reference, folder.name, ["train" if internal else "distribute"])
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
-            whole = Path(temporary) / "adapter"
-            records.fetch_files(opened, keys.adapter_version_prefix(record.name, record.version), record.files, whole)
-            if not record.artefacts:  # older than the notice that goes with it
-                with (whole / notice.NOTICE).open("a") as file:
-                    file.write(f"\n{gate.notice(artefacts)}")
-            notice.add_texts(whole, judged)
-            whole.rename(folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; name a folder that can be made") from None
+    record, judged = deliver(open_existing(store), reference, folder, internal=internal, merged=merge)
     for duty in judged.duties:
         print(f"licence: {duty}", file=sys.stderr)
-    print(f"{record.name}@{record.version} of {record.base.name} in {folder}")
+    merged = "merged into" if merge else "of"
+    print(f"{record.name}@{record.version} {merged} {record.base.name} in {folder}")
