@@ -1,6 +1,7 @@
 """`luthier.json`: how the weights in a folder came to be, so that it is known wherever the folder goes."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -27,9 +28,16 @@ def read(folder: Path) -> Made | None:
         raise ModelError(f"{path} does not say how the weights were made: {reason}; export them again") from None
 
 
-def of_model(run: RunRecord, licences: LicenceRecord) -> Made:
-    """Of a model that a run has trained in full."""
-    return Made(kind="model", run_id=run.run_id, base=run.base, digests=run.digests, artefacts=licences.artefacts)
+def of_run(run: RunRecord, kind: Literal["adapter", "model"], step: int, licences: LicenceRecord) -> Made:
+    """Of what a run has trained: an adapter that has no version yet, or all weights."""
+    return Made(
+        kind=kind,
+        run_id=run.run_id,
+        step=step,
+        base=run.base,
+        digests=run.digests,
+        artefacts=licences.artefacts,
+    )
 
 
 def of_adapter(record: AdapterRecord, *, merged: bool) -> Made:

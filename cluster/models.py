@@ -201,7 +201,7 @@ def mirror(
         record = ModelManifest(
             name=model.name,
             revision=revision,
-            source=origin or model.source,
+            source=origin or (f"run {how.run_id}" if how else model.source),
             licence=model.licence,
             files=files,
             created_at=records.now(),

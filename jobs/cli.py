@@ -13,8 +13,10 @@ import typer
 
 from cluster.cli import AsJson, StoreUrl
 from cluster.logs import show
+from jobs.data.cli import app as data
 
 app = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(data, name="data")
 
 RecipeFile = Annotated[Path, typer.Argument(help="configs/recipes/NAME.yaml")]
 RunId = Annotated[str, typer.Argument(help="as `luthier jobs list` prints it")]

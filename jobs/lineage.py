@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from cluster import keys, records, registry
-from cluster.errors import InputError, ObjectDamaged, ObjectNotFound
+from cluster.errors import AdapterNotFound, InputError, ObjectDamaged, ObjectNotFound
 from cluster.models import mirrored
 from cluster.records import (
     AdapterRecord,
@@ -210,7 +210,7 @@ class _Tracer:
         wanted = made.adapter
         try:
             record = registry.record(self._store, wanted.name, wanted.version)
-        except (InputError, ObjectDamaged) as error:
+        except (AdapterNotFound, ObjectDamaged) as error:
             node = Node("adapter", f"{wanted.name}@{wanted.version}", {"digest": wanted.digest}, broken=str(error))
             node.made_from.append(self._run(made.run_id))
             return node

@@ -1,9 +1,9 @@
 """A lineage as a tree for a terminal; every text in it is data, never markup."""
 
-from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree
 
+from cluster.logs import console
 from jobs.lineage import Node
 
 _STYLES = {
@@ -19,8 +19,8 @@ _SHOWN = 12
 
 
 def show(root: Node) -> None:
-    """Print it; lines are not folded, so that what is piped can be searched."""
-    Console(soft_wrap=True, highlight=False).print(draw(root))
+    """Print it."""
+    console().print(draw(root))
 
 
 def draw(root: Node) -> Tree:

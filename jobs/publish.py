@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cluster import keys, made, models, records, registry
 from cluster.errors import AdapterRefused
 from cluster.models import ModelConfig
-from cluster.records import BaseModelRef, LicenceRecord, Made, RunRecord
+from cluster.records import BaseModelRef, LicenceRecord, RunRecord
 from cluster.store import Store
 from jobs import card, export
 from jobs.zero import ZeroEngine
@@ -68,14 +68,7 @@ def publish_adapter(
                 export.add_notice(licences, base_folder, folder)
                 save_file({"input_ids": probe_ids, "logits": adapted}, folder / PROBE)
                 run = records.read(store, keys.run_record(run_id), RunRecord)
-                how = Made(
-                    kind="adapter",
-                    run_id=run_id,
-                    step=step,
-                    base=base,
-                    digests=run.digests,
-                    artefacts=licences.artefacts,
-                )
+                how = made.of_run(run, "adapter", step, licences)
                 card.write(store, folder, name, how, run, metrics.get("evaluation_loss"), licences.notice)
                 record = registry.publish(store, name, folder, base, run_id, step, metrics, licences.artefacts, run)
             published = [{"name": record.name, "version": record.version, "digest": record.digest}]
@@ -138,6 +131,7 @@ def publish_model(
     base_folder: Path,
     model: ModelConfig,
     run_id: str,
+    step: int,
     metrics: dict[str, float],
     licences: LicenceRecord,
 ) -> dict[str, Any] | None:
@@ -154,7 +148,7 @@ def publish_model(
                 export.write_model(engine.module, weights, base_folder, folder)
                 export.add_notice(licences, base_folder, folder)
                 run = records.read(store, keys.run_record(run_id), RunRecord)
-                made.write(folder, how := made.of_model(run, licences))
+                made.write(folder, how := made.of_run(run, "model", step, licences))
                 card.write(store, folder, name, how, run, metrics.get("evaluation_loss"), licences.notice)
                 described = ModelConfig(
                     name=name, source=str(folder), revision=None, licence=model.licence, dtype=model.dtype, shape=None

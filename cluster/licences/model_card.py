@@ -158,14 +158,17 @@ def _losses(measured: Losses) -> str:
 
 
 def _use(made: Made) -> str:
+    base = base_model(made)
+    # What is on no Hub is named, and its folder is for the reader to know.
+    named = f"{base!r}, revision={made.base.revision!r}" if "/" in base else f'"FOLDER OF {base}"'
     if made.kind == "adapter":
         lines = [
             "from peft import PeftModel",
             "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            f"base = AutoModelForCausalLM.from_pretrained({base_model(made)!r}, revision={made.base.revision!r})",
+            f"base = AutoModelForCausalLM.from_pretrained({named})",
             'model = PeftModel.from_pretrained(base, ".")  # this folder',
-            f"tokenizer = AutoTokenizer.from_pretrained({base_model(made)!r}, revision={made.base.revision!r})",
+            f"tokenizer = AutoTokenizer.from_pretrained({named})",
         ]
     else:
         lines = [
@@ -193,7 +196,7 @@ def _limits(run: RunRecord, measured: Losses) -> str:
 
 
 def _digests(made: Made, run: RunRecord) -> str:
-    rows = [("run", run.run_id), ("base revision", made.base.revision), ("code", run.code_revision)]
+    rows = [("run", run.run_id), ("base revision", made.base.revision), ("code revision", run.code_revision)]
     found = made.digests or run.digests
     if found:
         rows += [(key, _joined(value)) for key, value in found.model_dump().items() if value]
