@@ -171,13 +171,15 @@ class CheckpointRef(Record):
 class RunRecord(Record):
     """What a run was asked to do; written once, before anything is spent. Enough to go on with it anywhere.
 
-    `dataset` and `evaluation` are digests of tokenised datasets; `parent` is the checkpoint that its weights began as.
+    `dataset` and `evaluation` are digests of tokenised datasets, `prepared` that of the set of checked rows which they
+    were made from; `parent` is the checkpoint that its weights began as.
     """
 
     run_id: str
     recipe: dict[str, Any]
     dataset: str
     evaluation: str | None
+    prepared: str | None = None
     code_revision: str
     versions: dict[str, str]
     base: BaseModelRef

@@ -10,6 +10,7 @@ brief       a plan as text
 rows        the rows of a data file, each with its place
 formats     a row of any common format, to a conversation
 chat        a conversation, rendered by the model's own template, to supervised tokens
+data        what is in the rows: checked, cleaned and described before anything is trained on them
 dataset     tokenise once on CPU workers, into the store's dataset cache
 packing     sample order, packs and each rank's share; pure
 model       the base model and its attention for packed rows
