@@ -160,7 +160,7 @@ class Digests(Record):
 
     `config` is of the resolved recipe, `code` of the program's files, `base` of the base's files (of one that the store
     does not hold, its commit), `data` and `evaluation` name tokenised datasets, `sources` is of the data files' names
-    and contents, `prepared` of data sets that were prepared before, `licences` of how the run was judged, `checks` of
+    and contents, `prepared` of the set of checked rows, `licences` of how the run was judged, `checks` of
     what the checks of the rows counted and left out, `parent` of the manifest of the checkpoint that it began from.
     """
 
@@ -170,7 +170,7 @@ class Digests(Record):
     data: str
     evaluation: str | None = None
     sources: str | None = None
-    prepared: tuple[str, ...] = ()
+    prepared: str | None = None
     licences: str | None = None
     checks: str | None = None
     parent: str | None = None
@@ -235,14 +235,16 @@ class DatasetManifest(Record):
 class RunRecord(Record):
     """What a run was asked to do; written once, before anything is spent. Enough to go on with it anywhere.
 
-    `dataset` and `evaluation` are digests of tokenised datasets; `parent` is the checkpoint that its weights began as;
-    `reproduces` the run that it repeats. Older records lack what follows `created_at`.
+    `dataset` and `evaluation` are digests of tokenised datasets, `prepared` that of the set of checked rows which they
+    were made from; `parent` is the checkpoint that its weights began as; `reproduces` the run that it repeats. Older
+    records lack what follows `created_at`.
     """
 
     run_id: str
     recipe: dict[str, Any]
     dataset: str
     evaluation: str | None
+    prepared: str | None = None
     code_revision: str
     versions: dict[str, str]
     base: BaseModelRef

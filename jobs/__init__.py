@@ -11,6 +11,7 @@ rows        the rows of a data file, each with its place
 data/       data that can be answered for: looked at, cleaned and described before anything is trained on it
 formats     a row of any common format, to a conversation
 chat        a conversation, rendered by the model's own template, to supervised tokens
+data        what is in the rows: checked, cleaned and described before anything is trained on them
 dataset     tokenise once on CPU workers, into the store's dataset cache
 packing     sample order, packs and each rank's share; pure
 model       the base model and its attention for packed rows
@@ -48,6 +49,7 @@ digests     what a run's record keeps of all that it was made of
 driver      resolve, plan, tokenise, train, publish
 train       `python -m jobs.train RECIPE key=value …`
 resume      `python -m jobs.resume RUN store=URL key=value …`
+references  what a reference stands for: a run, a version, a model
 lineage     where an adapter, a model or a run comes from, followed through the store's records
 lineage_tree  the same as a tree for a terminal
 reproduction  a run done again from its record, and its losses beside the original's

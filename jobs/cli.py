@@ -1,4 +1,4 @@
-"""`luthier jobs …`: plan, submit, train, resume, stop, list, show, logs, report, diff, export.
+"""`luthier jobs …`: plan, submit, train, resume, stop, list, show, logs, report, diff, export, and data.
 
 Nothing here imports torch; `train` and `resume` do when they run. What reads, reads the store alone.
 """
@@ -229,9 +229,9 @@ def reproduce(
         from uuid import uuid4
 
         from cluster.store import open_existing
-        from jobs import lineage
+        from jobs.references import find_run
 
-        recipe = lineage.find_run(open_existing(store), reference).recipe
+        recipe = find_run(open_existing(store), reference).recipe
         kept = [f"secrets.{name}={value}" for name, value in recipe.get("secrets", {}).items()]
         command = ["python", "-m", "jobs.reproduce", reference, f"store={store}", *kept, *given]
         cpus = recipe["cluster"].get("driver_cpus", 0.0)

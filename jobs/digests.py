@@ -75,6 +75,7 @@ def describe(
     files: Sequence[SourceFile],
     parent: CheckpointRef | None,
     licences: LicenceRecord,
+    prepared: str | None = None,
 ) -> Digests:
     """All digests of a run that is about to begin. `datasets` are those to train on and, perhaps, to evaluate on."""
     return Digests(
@@ -84,6 +85,7 @@ def describe(
         data=datasets[0],
         evaluation=datasets[1] if len(datasets) > 1 else None,
         sources=records.digest_of_value([[each.use, each.name, each.sha256] for each in files]),
+        prepared=prepared,
         licences=records.digest_of_value(licences.model_dump(mode="json")),
         checks=records.digest_of_value([_counted(store, each) for each in datasets]),
         parent=_of_checkpoint(store, parent) if parent else None,

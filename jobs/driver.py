@@ -253,18 +253,22 @@ def write_record(
     sources: tuple[SourceFile, ...],
     parent: CheckpointRef | None,
     licences: LicenceRecord,
+    prepared: str | None = None,
     reproduces: str | None = None,
 ) -> RunRecord:
     """Write run.json, the record of a new run.
 
     Args:
         datasets: digests of what to train on and, perhaps, to evaluate on.
+        prepared: of the set of checked rows that they were made from.
+        reproduces: the run that it repeats.
     """
     record = RunRecord(
         run_id=new_run_id(recipe.name),
         recipe=recipe.model_dump(mode="json", by_alias=True),
         dataset=datasets[0],
         evaluation=datasets[1] if len(datasets) > 1 else None,
+        prepared=prepared,
         code_revision=digests.code_revision(),
         versions=digests.versions(),
         base=base,
@@ -273,7 +277,7 @@ def write_record(
         created_at=records.now(),
         by=submitter(),
         sources=sources,
-        digests=digests.describe(store, recipe, base, datasets, sources, parent, licences),
+        digests=digests.describe(store, recipe, base, datasets, sources, parent, licences, prepared),
         reproduces=reproduces,
     )
     store.create(keys.run_record(record.run_id), record.to_bytes())

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from cluster import keys, records, registry
-from cluster.errors import AdapterNotFound, InputError, ObjectDamaged, ObjectNotFound
-from cluster.models import mirrored
+from cluster.errors import AdapterNotFound, ObjectDamaged, ObjectNotFound
 from cluster.records import (
     AdapterRecord,
     Artefact,
@@ -30,8 +29,11 @@ from cluster.records import (
 )
 from cluster.store import Store
 from jobs import runs
+from jobs.data.card import Card
+from jobs.references import adapters as all_adapters
+from jobs.references import find_model
 
-Kind = Literal["adapter", "model", "run", "base", "data", "file", "checkpoint", "artefact", "licences"]
+Kind = Literal["adapter", "model", "run", "base", "data", "prepared", "file", "checkpoint", "artefact", "licences"]
 Facts = dict[str, str | int | None]
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
@@ -77,29 +79,6 @@ def trace(store: Store, reference: str) -> Node:
     return _Tracer(store).of(reference)
 
 
-def find_run(store: Store, reference: str) -> RunRecord:
-    """The run behind a reference, as `trace` takes it. Raises InputError."""
-    if store.exists(keys.run_record(reference)) if keys.is_name(reference) else False:
-        return runs.find(store, reference).record
-    model = _model(store, reference)
-    if model:
-        if not model.made:
-            raise InputError(f"model {reference} was not made by a run that {store.url} knows")
-        return runs.find(store, model.made.run_id).record
-    return runs.find(store, registry.resolve(store, reference).run_id).record
-
-
-def _model(store: Store, reference: str) -> ModelManifest | None:
-    """A model by NAME@REVISION, whose revision may be cut short to 8 digits or more."""
-    name, _, revision = reference.partition("@")
-    if len(revision) < 8:
-        return None
-    found = [each for each in mirrored(store) if each.name == name and each.revision.startswith(revision)]
-    if len(found) > 1:
-        raise InputError(f"{reference} stands for {len(found)} revisions; give more of its digits")
-    return found[0] if found else None
-
-
 class _Tracer:
     """One walk through the records of a store."""
 
@@ -111,7 +90,7 @@ class _Tracer:
     def of(self, reference: str) -> Node:
         if keys.is_name(reference) and self._store.exists(keys.run_record(reference)):
             return self._run(reference)
-        if model := _model(self._store, reference):
+        if model := find_model(self._store, reference):
             return self._model(model)
         try:
             return self._adapter(registry.resolve(self._store, reference))
@@ -141,7 +120,7 @@ class _Tracer:
             return node
         digests = record.digests
         node.facts = {
-            "state": run_state(self._store, run_id, runs.read_events(self._store, run_id)),
+            "state": self._state(run_id),
             "by": record.by,
             "begun": record.created_at,
             "config": digests.config if digests else None,
@@ -165,6 +144,12 @@ class _Tracer:
         if record.parent:
             node.made_from.append(self._checkpoint(record.parent))
         return node
+
+    def _state(self, run_id: str) -> str:
+        try:
+            return run_state(self._store, run_id, runs.read_events(self._store, run_id))
+        except ObjectDamaged:
+            return "unknown: its events cannot be read"
 
     def _base(self, base: BaseModelRef, run: RunRecord | None) -> Node:
         node = Node("base", base.name, {"revision": base.revision, "licence": base.licence})
@@ -221,20 +206,36 @@ class _Tracer:
 
     def _data(self, record: RunRecord, digest: str, use: Literal["train", "evaluation"]) -> Node:
         node = Node("data", digest, {"use": use})
-        if digest == record.dataset and record.digests and record.digests.prepared:
-            node.facts["prepared"] = ", ".join(record.digests.prepared)
         if self._was_seen(node):
             return node
         manifest = self._read(node, keys.dataset_manifest(digest), DatasetManifest)
         if manifest:
             left_out = sum(manifest.skipped.values())
             node.facts |= {"samples": manifest.samples, "tokens": manifest.tokens, "left_out": left_out}
+        if record.prepared:
+            node.made_from.append(self._prepared(record.prepared))
         files = [each for each in record.sources if each.use == use]
         for file in files:
             node.made_from.append(Node("file", file.name, {"sha256": file.sha256, "licence": file.licence}))
         if not files:  # an older record knows their names alone
             named = record.recipe.get("data", {}).get(use) or ()
             node.made_from += [Node("file", name, {"sha256": None}) for name in named]
+        return node
+
+    def _prepared(self, digest: str) -> Node:
+        """The set of checked rows that a dataset was made from: what its card counts."""
+        node = Node("prepared", digest)
+        if self._was_seen(node):
+            return node
+        card = self._read(node, keys.prepared_card(digest), Card)
+        if card:
+            node.facts = {
+                "rules": card.rules_digest,
+                "rows_before": card.before.rows,
+                "rows": card.after.rows,
+                "removed": card.removed,
+                "created": card.created_at,
+            }
         return node
 
     def _checkpoint(self, parent: CheckpointRef) -> Node:
@@ -250,7 +251,7 @@ class _Tracer:
     def _published_by(self, run_id: str) -> list[AdapterRecord]:
         if self._published is None:
             self._published = {}
-            for record in adapters(self._store):
+            for record in all_adapters(self._store):
                 self._published.setdefault(record.run_id, []).append(record)
         return self._published.get(run_id, [])
 
@@ -270,16 +271,6 @@ class _Tracer:
         node.again = what in self._seen
         self._seen.add(what)
         return node.again
-
-
-def adapters(store: Store) -> Iterator[AdapterRecord]:
-    """Every version of every adapter whose record can be read."""
-    for name in registry.names(store):
-        for number in registry.version_numbers(store, name):
-            try:
-                yield registry.record(store, name, number)
-            except ObjectDamaged:
-                continue
 
 
 def _is_on_hub(source: str | None) -> bool:

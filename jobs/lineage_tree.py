@@ -12,9 +12,10 @@ _STYLES = {
     "run": "bold cyan",
     "base": "bold magenta",
     "data": "bold yellow",
+    "prepared": "bold yellow",
     "checkpoint": "bold blue",
 }
-_DIGESTS = ("digest", "config", "code", "code_digest", "sha256", "facts", "checks", "revision", "prepared")
+_DIGESTS = ("digest", "config", "code", "code_digest", "sha256", "facts", "checks", "revision", "rules")
 _SHOWN = 12
 
 
@@ -36,7 +37,7 @@ def _grow(tree: Tree, node: Node) -> None:
 
 
 def _label(node: Node) -> Text:
-    name = node.name[:_SHOWN] if node.kind == "data" else node.name
+    name = node.name[:_SHOWN] if node.kind in ("data", "prepared") else node.name
     text = Text.assemble((node.kind, _STYLES.get(node.kind, "bold")), " ", name)
     said = [f"{key.replace('_', ' ')} {_cut(key, value)}" for key, value in node.facts.items() if value is not None]
     if said:

@@ -24,8 +24,9 @@ from cluster.store import Store, open_store
 from cluster.who import submitter
 from jobs import digests, driver, limits, runs
 from jobs.config import Recipe
-from jobs.lineage import find_run
+from jobs.data import prepared
 from jobs.plan import make_plan
+from jobs.references import find_run
 from jobs.rows import locate
 
 TOLERANCE = 1e-4
@@ -122,6 +123,7 @@ def run(reference: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
             original.sources,
             original.parent,
             licences,
+            original.prepared,
             reproduces=original.run_id,
         )
         say(f"run {record.run_id} in {store.url} reproduces {original.run_id}")
@@ -208,14 +210,18 @@ def _dataset(
     wanted = original.dataset if use == "train" else original.evaluation
     if wanted is None or store.exists(keys.dataset_manifest(wanted)):
         return wanted
-    names = recipe.data.train if use == "train" else recipe.data.evaluation
-    missing = [name for name in names if name not in files]
-    if missing:
-        raise DataError(
-            f"{original.run_id} cannot be reproduced: the store has lost dataset {wanted[:12]}, and it cannot be made "
-            f"again without {', '.join(missing)}"
-        )
-    made = driver.prepare([(name, files[name]) for name in names], recipe, folder, store)
+    if original.prepared:
+        rows = prepared.fetch(prepared.find(store, original.prepared), store)[0 if use == "train" else 1]
+    else:
+        names = recipe.data.train if use == "train" else recipe.data.evaluation
+        missing = [name for name in names if name not in files]
+        if missing:
+            raise DataError(
+                f"{original.run_id} cannot be reproduced: the store has lost dataset {wanted[:12]}, and it cannot be "
+                f"made again without {', '.join(missing)}"
+            )
+        rows = [(name, files[name]) for name in names]
+    made = driver.prepare(list(rows), recipe, folder, store)
     if made != wanted:
         raise DataError(
             f"{original.run_id} cannot be reproduced: its rows give dataset {made[:12]} now, and gave {wanted[:12]}: "

@@ -17,7 +17,7 @@ from cluster.records import AdapterRecord, BaseModelRef, CheckpointRef, ModelMan
 from cluster.store import Store
 from jobs import runs
 from jobs.data.search import Match, Wanted, in_prepared, in_tokenised
-from jobs.lineage import adapters as all_adapters
+from jobs.references import adapters as all_adapters
 
 
 @dataclass
@@ -118,10 +118,9 @@ def _follow(known: Known, found: Affected) -> None:
     while True:
         before = len(found.runs) + len(found.adapters) + len(found.models)
         for run_id, run in known.runs.items():
-            prepared = run.digests.prepared if run.digests else ()
-            _note(found.runs, run_id, _why(found, (run.dataset, *prepared), sets, run.parent, run.base))
+            _note(found.runs, run_id, _why(found, (run.dataset, run.prepared), sets, run.parent, run.base))
         for name, adapter in known.adapters.items():
-            data = (adapter.digests.data, *adapter.digests.prepared) if adapter.digests else ()
+            data = (adapter.digests.data, adapter.digests.prepared) if adapter.digests else ()
             why = f"published by run {adapter.run_id}" if adapter.run_id in found.runs else ""
             _note(found.adapters, name, why or _why(found, data, sets, adapter.parent, adapter.base))
         for name, model in known.models.items():
@@ -136,10 +135,10 @@ def _note(into: dict[str, str], name: str, why: str) -> None:
 
 
 def _why(
-    found: Affected, data: Iterable[str], sets: dict[str, str], parent: CheckpointRef | None, base: BaseModelRef
+    found: Affected, data: Iterable[str | None], sets: dict[str, str], parent: CheckpointRef | None, base: BaseModelRef
 ) -> str:
     """The first reason why something is affected; empty when there is none."""
-    if told := next((sets[digest] for digest in data if digest in sets), ""):
+    if told := next((sets[digest] for digest in data if digest and digest in sets), ""):
         return told
     if parent and parent.run_id in found.runs:
         return f"began from {parent.run_id}@{parent.step}"
@@ -156,7 +155,7 @@ def _why_model(found: Affected, model: ModelManifest, sets: dict[str, str]) -> s
         return f"{made.adapter.name}@{made.adapter.version} was merged into it"
     if made.run_id in found.runs:
         return f"made by run {made.run_id}"
-    data = (made.digests.data, *made.digests.prepared) if made.digests else ()
+    data = (made.digests.data, made.digests.prepared) if made.digests else ()
     return _why(found, data, sets, None, made.base)
 
 
