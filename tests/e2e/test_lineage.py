@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -83,3 +84,14 @@ def test_what_was_published_has_a_card(pair: Pair) -> None:
     assert run.digests
     assert run.digests.config in card.content
     assert run.code_revision.startswith("sha256:"), "it ran from a directory that was sent to the cluster"
+
+
+@pytest.mark.long
+def test_two_sharded_workers_are_reproduced_by_a_submitted_job(pair: Pair, ray_cluster: LocalCluster) -> None:
+    options = ("--store", pair.store.url, "--address", ray_cluster.dashboard_url, "--publish", "pair-again")
+    printed = said(ray_cluster, "jobs", "reproduce", pair.two["run_id"], *options)
+    line = json.loads([each for each in printed.splitlines() if each.startswith("{")][-1])
+    assert (line["reproduces"], line["steps_compared"], line["is_reproduced"]) == (pair.two["run_id"], 8, True)
+    assert line["adapter"] == "pair-again@1"
+    assert runs.attempts(pair.store, line["run_id"])[0].world_size == 2
+    assert registry.alias_state(pair.store, "pair-again") is None

@@ -43,6 +43,7 @@ class Family:
         base: BaseModelRef,
         parent: str | None = None,
         licence: str = "cc-by-4.0",
+        prepared: str | None = None,
     ) -> RunRecord:
         """What a run leaves: data set, record, steps, checkpoint, and version 1 of `name`, which is stable."""
         file = write_rows(self.folder / f"{name}.jsonl", rows)
@@ -53,7 +54,7 @@ class Family:
         begins = CheckpointRef(run_id=self.runs[parent].run_id, step=STEPS) if parent else None
         sources = digests.sources(recipe, [(str(file), file)], [], licences)
         tokens = self._tokenise(file, recipe)
-        run = driver.write_record(self.store, recipe, base, [tokens], sources, begins, licences)
+        run = driver.write_record(self.store, recipe, base, [tokens], sources, begins, licences, prepared)
         self.runs[name] = run
         attempt = runs.begin_attempt(self.store, run.run_id, 0, 1, 1)
         lines = [json.dumps({"step": step, "loss": 4.0 / (step + 1)}) for step in range(STEPS)]

@@ -133,6 +133,7 @@ def test_what_nobody_learned_and_what_could_not_be_searched(tmp_path: Path, tiny
     family.store.put(f"{prefix}rows-00000.jsonl", (json.dumps({"text": PLANTED}, ensure_ascii=False) + "\n").encode())
     family.store.put(f"{prefix}check.json", json.dumps({"found": {"example": PLANTED}}).encode())
     base = family.runs["first"].base
+    polished = family.train("polished", [{"prompt": "Where?", "completion": "I cannot tell."}], base, prepared="d" * 40)
     family.store.delete(f"{keys.model_prefix(base.name, base.revision)}tokenizer.json")
     done = luthier(*forget, "--contains", PLANTED, "--json", code=1)
     said = json.loads(done.stdout)
@@ -141,6 +142,10 @@ def test_what_nobody_learned_and_what_could_not_be_searched(tmp_path: Path, tiny
         ("prepared", ["check.json:1"], False),
     ]
     assert f"dataset {family.runs['first'].dataset}" in said["unsearched"]
+    assert [each["run_id"] for each in said["runs"]] == [polished.run_id]
+    assert [each["adapter"] for each in said["adapters"]] == ["polished@1"]
+    drawn = luthier("jobs", "show", "--lineage", "polished@1", "--store", family.store.url).stdout
+    assert f"prepared {'d' * 12}  broken: {keys.prepared_card('d' * 40)} is not in the store any more" in drawn
 
 
 def test_losses_are_compared_step_by_step() -> None:
