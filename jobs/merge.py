@@ -6,15 +6,17 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cluster.errors import AdapterRefused, ModelError
 from jobs import export
 from jobs.publish import PROBE
 
-MOST = 0.25
-"""How far a logit may be from the trainer's own, in standard deviations of all logits: well above what rounding to bf16
-gives, and below what an adapter does that is left out or put in twice."""
+MOST = 0.5
+"""How much of what the adapter does to the logits may be lost to rounding. Measured on random shapes of 2 to 48 layers,
+by the share of the logits that the adapter moves: in fp32 at most 6e-5; in bf16 0.01 to 0.09 where it moves half of
+them or more, 0.2 to 0.6 where it moves a tenth. A merge without the adapter, or with it twice, is at 1 or above."""
 
 
 def merge(base_folder: Path, adapter_folder: Path, folder: Path) -> None:
@@ -29,12 +31,19 @@ def merge(base_folder: Path, adapter_folder: Path, folder: Path) -> None:
     """
     try:
         base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=_dtype(adapter_folder), use_safetensors=True)
-        merged: PreTrainedModel = PeftModel.from_pretrained(base, adapter_folder).merge_and_unload(safe_merge=True)
+        adapted = PeftModel.from_pretrained(base, adapter_folder)
+        asked = load_file(probe) if (probe := adapter_folder / PROBE).exists() else None  # not published by a run here
+        plain = None
+        if asked:
+            with adapted.disable_adapter():
+                plain = _logits(adapted, asked["input_ids"])
+        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:  # peft's word for weights that are not finite, and for those that do not fit
         raise AdapterRefused(f"the adapter cannot be merged into its base: {error}") from error
     except (OSError, KeyError, RuntimeError) as error:
         raise ModelError(f"{base_folder} and the adapter cannot be loaded together: {error}") from error
-    _check(merged, adapter_folder / PROBE)
+    if asked and plain is not None:
+        _check(_logits(merged, asked["input_ids"]), asked["logits"], plain)
     export.write_model(merged, dict(merged.named_parameters()), base_folder, folder)
 
 
@@ -45,11 +54,16 @@ def _dtype(adapter_folder: Path) -> torch.dtype:
 
 
 @torch.no_grad()
-def _check(merged: PreTrainedModel, probe: Path) -> None:
-    if not probe.exists():  # not published by a run here
-        return
-    asked = load_file(probe)
-    logits = merged(input_ids=asked["input_ids"]).logits[0, -1].float()
-    apart = ((logits - asked["logits"]).abs().max() / asked["logits"].std()).item()
-    if not apart <= MOST:
-        raise AdapterRefused(f"merged, its logits are {apart:.2g} standard deviations from those of the adapter")
+def _logits(model: PreTrainedModel | PeftModel, input_ids: Tensor) -> Tensor:
+    """Logits [vocabulary] after the last of `input_ids` [1, T], fp32."""
+    logits: Tensor = model(input_ids=input_ids).logits[0, -1].float()
+    return logits
+
+
+def _check(merged: Tensor, adapted: Tensor, plain: Tensor) -> None:
+    """Raise AdapterRefused unless the merged logits are the adapter's: much nearer to them than the base's are."""
+    lost = ((merged - adapted).norm() / (plain - adapted).norm()).item()
+    if not lost <= MOST:
+        raise AdapterRefused(
+            f"merged, {lost:.0%} of what the adapter does to the probe's logits is lost or wrong; serve it unmerged"
+        )
