@@ -1,6 +1,6 @@
 """A whole run, seen from the driver: each stage leaves a record that the next one reads.
 
-    resolve → plan → locate data → join Ray → pin the model → tokenise → run.json → train and publish → alias
+    resolve → plan → locate data → join Ray → pin the model → check data → tokenise → run.json → train and publish → alias
     resume: run.json → join Ray → train and publish → alias
 
 Everything that can be wrong with what the person gave is found before run.json is written, and before any worker is
@@ -34,6 +34,9 @@ from cluster.who import submitter
 from jobs import dataset, limits, runs, terms
 from jobs.attempts import Attempts
 from jobs.config import FullConfig, LoraConfig, Method, Recipe
+from jobs.data import prepare, prepared
+from jobs.data.card import Card
+from jobs.data.request import Files
 from jobs.plan import Plan, make_plan, shape_of
 
 VERSIONS = ("ray", "torch", "deepspeed", "transformers", "peft")
@@ -60,9 +63,9 @@ def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def begin(
-    recipe: Recipe, files: list[list[tuple[str, Path]]], parent: CheckpointRef | None, store: Store, gate: Gate
+    recipe: Recipe, files: Sequence[Files], parent: CheckpointRef | None, store: Store, gate: Gate
 ) -> tuple[RunRecord, Shape]:
-    """Pin the model, tokenise, and write run.json: all that comes before a worker is taken.
+    """Pin the model, check the data, tokenise, and write run.json: all that comes before a worker is taken.
 
     Args:
         files: those to train on, and those to evaluate on.
@@ -82,8 +85,11 @@ def begin(
     plan = make_plan(recipe, shape)
     _check_model(folder, recipe)
     say(summary(recipe, plan))
-    prepared = [_prepare(some, recipe, folder, store) for some in files if some]
-    record = _write_record(store, recipe, base, prepared, parent, licences)
+    card = _check_data(files, recipe, folder, store)
+    if card:
+        files = prepared.fetch(card, store)
+    tokenised = [_prepare(some, recipe, folder, store) for some in files if some]
+    record = _write_record(store, recipe, base, tokenised, parent, licences, card.digest if card else None)
     say(f"run {record.run_id} in {store.url}")
     if not recipe.publish:
         say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
@@ -236,7 +242,22 @@ def _check_model(folder: Path, recipe: Recipe) -> None:
     check_targets(skeleton(folder), recipe.method)
 
 
-def _prepare(files: list[tuple[str, Path]], recipe: Recipe, folder: Path, store: Store) -> str:
+def _check_data(files: Sequence[Files], recipe: Recipe, folder: Path, store: Store) -> Card | None:
+    """The prepared set that data.rules ask for; None where the rows are taken as they are. Raises DataError."""
+    if recipe.data.rules is None:
+        return None
+    request, paths = prepared.request_of(recipe, files[0], files[1], folder)
+    card = prepare.prepare(request, paths, store)
+    for warning in card.warnings:
+        say(f"warning: {warning}")
+    say(
+        f"data: {card.before.rows:,} rows checked, {card.after.rows:,} to train on; what was found: "
+        f"`luthier jobs data card {card.digest[:12]} --store {store.url}`"
+    )
+    return card
+
+
+def _prepare(files: Files, recipe: Recipe, folder: Path, store: Store) -> str:
     manifest, faults = dataset.prepare(files, recipe.data, folder, store)
     for fault in faults[: dataset.EXAMPLES_SHOWN]:
         say(f"warning: left out {fault.place}: {fault.reason}")
@@ -252,15 +273,17 @@ def _write_record(
     store: Store,
     recipe: Recipe,
     base: BaseModelRef,
-    prepared: list[str],
+    tokenised: list[str],
     parent: CheckpointRef | None,
     licences: LicenceRecord,
+    checked: str | None,
 ) -> RunRecord:
     record = RunRecord(
         run_id=new_run_id(recipe.name),
         recipe=recipe.model_dump(mode="json", by_alias=True),
-        dataset=prepared[0],
-        evaluation=prepared[1] if len(prepared) > 1 else None,
+        dataset=tokenised[0],
+        evaluation=tokenised[1] if len(tokenised) > 1 else None,
+        prepared=checked,
         code_revision=_code_revision(),
         versions={"luthier": __version__} | {name: version(name) for name in VERSIONS},
         base=base,
