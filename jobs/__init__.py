@@ -45,7 +45,7 @@ limits      of hours and money: looked at before anything is spent, and while it
 network     the address by which workers find one another
 turn        its place in the queue of a shared cluster
 attempts    one start of the workers after another, until the run has an end
-digests     what a run's record keeps of all that it was made of
+run_record  run.json: the recipe, and digests of all that the run was made of
 driver      resolve, plan, tokenise, train, publish
 train       `python -m jobs.train RECIPE key=value …`
 resume      `python -m jobs.resume RUN store=URL key=value …`

@@ -1,6 +1,6 @@
 """A whole run, seen from the driver: each stage leaves a record that the next one reads.
 
-    resolve → plan → locate data → join Ray → pin the model → tokenise → run.json → train and publish → alias
+    resolve → plan → locate data → join Ray → pin the model → check data → tokenise → run.json → train, publish → alias
     resume: run.json → join Ray → train and publish → alias
 
 Everything that can be wrong with what the person gave is found before run.json is written, and before any worker is
@@ -8,30 +8,31 @@ taken. Torch is imported by the checks of model and tokenizer, never before a co
 """
 
 import json
-import secrets
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from cluster import keys, ledger, models, records, registry, secret
+from cluster import ledger, models, registry, secret
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, InputError, LuthierError, RunFailed
 from cluster.licences.gate import Gate
 from cluster.logs import say
 from cluster.models import Shape, read_shape
 from cluster.patient import PatientStore
-from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord, RunRecord, SourceFile
+from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord, RunRecord
 from cluster.session import joined
 from cluster.store import Store, open_store
 from cluster.who import submitter
-from jobs import dataset, digests, limits, runs, terms
+from jobs import dataset, limits, run_record, runs, terms
 from jobs.attempts import Attempts
 from jobs.config import FullConfig, LoraConfig, Method, Recipe
+from jobs.data import prepare, prepared
+from jobs.data.card import Card
+from jobs.data.request import Files
 from jobs.plan import Plan, make_plan, shape_of
 
 
@@ -56,9 +57,9 @@ def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def begin(
-    recipe: Recipe, files: list[list[tuple[str, Path]]], parent: CheckpointRef | None, store: Store, gate: Gate
+    recipe: Recipe, files: Sequence[Files], parent: CheckpointRef | None, store: Store, gate: Gate
 ) -> tuple[RunRecord, Shape]:
-    """Pin the model, tokenise, and write run.json: all that comes before a worker is taken.
+    """Pin the model, check the data, tokenise, and write run.json: all that comes before a worker is taken.
 
     Args:
         files: those to train on, and those to evaluate on.
@@ -78,9 +79,11 @@ def begin(
     plan = make_plan(recipe, shape)
     _check_model(folder, recipe)
     say(summary(recipe, plan))
-    prepared = [prepare(some, recipe, folder, store) for some in files if some]
-    read = digests.sources(recipe, files[0], files[1] if len(files) > 1 else [], licences)
-    record = write_record(store, recipe, base, prepared, read, parent, licences)
+    card = _check_data(files, recipe, folder, store)
+    rows = prepared.fetch(card, store) if card else files
+    tokenised = [tokenise(some, recipe, folder, store) for some in rows if some]
+    read = run_record.sources(recipe, files[0], files[1], licences)
+    record = run_record.write(store, recipe, base, tokenised, read, parent, licences, card.digest if card else None)
     say(f"run {record.run_id} in {store.url}")
     if not recipe.publish:
         say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
@@ -173,11 +176,6 @@ def carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Stor
     return line
 
 
-def new_run_id(name: str) -> str:
-    """`<recipe>-<UTC time>-<random>`: sorted by time, unique without asking anybody."""
-    return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-
-
 def summary(recipe: Recipe, plan: Plan) -> str:
     """The plan in one line."""
     share = 100 * plan.trained_parameters / plan.parameters
@@ -233,7 +231,22 @@ def _check_model(folder: Path, recipe: Recipe) -> None:
     check_targets(skeleton(folder), recipe.method)
 
 
-def prepare(files: list[tuple[str, Path]], recipe: Recipe, folder: Path, store: Store) -> str:
+def _check_data(files: Sequence[Files], recipe: Recipe, folder: Path, store: Store) -> Card | None:
+    """The prepared set that data.rules ask for; None where the rows are taken as they are. Raises DataError."""
+    if recipe.data.rules is None:
+        return None
+    request, paths = prepared.request_of(recipe, files[0], files[1], folder)
+    card = prepare.prepare(request, paths, store)
+    for warning in card.warnings:
+        say(f"warning: {warning}")
+    say(
+        f"data: {card.before.rows:,} rows checked, {card.after.rows:,} to train on; what was found: "
+        f"`luthier jobs data card {card.digest[:12]} --store {store.url}`"
+    )
+    return card
+
+
+def tokenise(files: Files, recipe: Recipe, folder: Path, store: Store) -> str:
     manifest, faults = dataset.prepare(files, recipe.data, folder, store)
     for fault in faults[: dataset.EXAMPLES_SHOWN]:
         say(f"warning: left out {fault.place}: {fault.reason}")
@@ -243,45 +256,6 @@ def prepare(files: list[tuple[str, Path]], recipe: Recipe, folder: Path, store: 
         f"{manifest.supervised_tokens:,} supervised{left_out} (dataset {manifest.digest[:12]})"
     )
     return manifest.digest
-
-
-def write_record(
-    store: Store,
-    recipe: Recipe,
-    base: BaseModelRef,
-    datasets: Sequence[str],
-    sources: tuple[SourceFile, ...],
-    parent: CheckpointRef | None,
-    licences: LicenceRecord,
-    prepared: str | None = None,
-    reproduces: str | None = None,
-) -> RunRecord:
-    """Write run.json, the record of a new run.
-
-    Args:
-        datasets: digests of what to train on and, perhaps, to evaluate on.
-        prepared: of the set of checked rows that they were made from.
-        reproduces: the run that it repeats.
-    """
-    record = RunRecord(
-        run_id=new_run_id(recipe.name),
-        recipe=recipe.model_dump(mode="json", by_alias=True),
-        dataset=datasets[0],
-        evaluation=datasets[1] if len(datasets) > 1 else None,
-        prepared=prepared,
-        code_revision=digests.code_revision(),
-        versions=digests.versions(),
-        base=base,
-        parent=parent,
-        licences=licences,
-        created_at=records.now(),
-        by=submitter(),
-        sources=sources,
-        digests=digests.describe(store, recipe, base, datasets, sources, parent, licences, prepared),
-        reproduces=reproduces,
-    )
-    store.create(keys.run_record(record.run_id), record.to_bytes())
-    return record
 
 
 def _conclude(run_id: str, recipe: Recipe, result: dict[str, Any], store: Store) -> dict[str, Any]:

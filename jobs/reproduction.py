@@ -22,7 +22,7 @@ from cluster.records import RunRecord
 from cluster.session import joined
 from cluster.store import Store, open_store
 from cluster.who import submitter
-from jobs import digests, driver, limits, runs
+from jobs import driver, limits, run_record, runs
 from jobs.config import Recipe
 from jobs.data import prepared
 from jobs.plan import make_plan
@@ -115,7 +115,7 @@ def run(reference: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         shape = read_shape(folder)
         say(driver.summary(recipe, make_plan(recipe, shape)))
         datasets = [_dataset(store, original, use, recipe, files, folder) for use in ("train", "evaluation")]
-        record = driver.write_record(
+        record = run_record.write(
             store,
             recipe,
             original.base,
@@ -154,11 +154,13 @@ def differences(original: RunRecord) -> list[str]:
     """What computes now and did not then, in words: the code, and versions of libraries."""
     found = []
     if original.digests is None:
-        if original.code_revision != digests.code_revision():
-            found.append(f"the code is {digests.code_revision()}, and was {original.code_revision}")
-    elif original.digests.code != digests.code():
-        found.append(f"the code has changed: its digest is {digests.code()[:12]}, and was {original.digests.code[:12]}")
-    now = digests.versions()
+        if original.code_revision != run_record.code_revision():
+            found.append(f"the code is {run_record.code_revision()}, and was {original.code_revision}")
+    elif original.digests.code != run_record.code():
+        found.append(
+            f"the code has changed: its digest is {run_record.code()[:12]}, and was {original.digests.code[:12]}"
+        )
+    now = run_record.versions()
     for name, version in original.versions.items():
         if now.get(name) != version:
             found.append(f"{name} is {now.get(name, 'not here')}, and was {version}")
@@ -221,7 +223,7 @@ def _dataset(
                 f"made again without {', '.join(missing)}"
             )
         rows = [(name, files[name]) for name in names]
-    made = driver.prepare(list(rows), recipe, folder, store)
+    made = driver.tokenise(list(rows), recipe, folder, store)
     if made != wanted:
         raise DataError(
             f"{original.run_id} cannot be reproduced: its rows give dataset {made[:12]} now, and gave {wanted[:12]}: "

@@ -199,7 +199,7 @@ def _check(check: Check, found: Found) -> Iterator[str]:
         yield ""
     for outcome, examples in found.examples.items():
         for example in examples:
-            yield f"- {outcome}: `{example.place}`: {example.note}"
+            yield f"- {outcome}: `{example.place}`: {example}"
     yield ""
 
 

@@ -114,6 +114,7 @@ def _card(
 
 
 def _show(card: "Card", as_json: bool) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from cluster.logs import console, say
@@ -125,8 +126,8 @@ def _show(card: "Card", as_json: bool) -> None:
     for name, found in card.found.items():
         for outcome, count in found.counts.items():
             examples = found.examples.get(outcome, ())
-            shown = f"{examples[0].place}: {examples[0].note}" if examples and examples[0].note != name else ""
-            table.add_row(name, f"{count:,} {outcome}", shown or (examples[0].place if examples else ""))
+            shown = f"{examples[0].place}: {examples[0]}" if examples else ""
+            table.add_row(name, f"{count:,} {outcome}", escape(shown))
     console().print(table)
     stage = "prepared" if card.files else "checked"
     for warning in card.warnings:

@@ -1,6 +1,6 @@
 """Every check that a row alone decides: put right, then looked at as what training would make of it.
 
-    line → row → tidy → format → language → template → digest
+    line → row → tidy → personal data → format → language → markers → template → digest
 
 A row is given up at the first check that removes or refuses it; what was found until then is told all the same.
 """
@@ -8,6 +8,7 @@ A row is given up at the first check that removes or refuses it; what was found 
 import hashlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -17,6 +18,7 @@ from typing import Any, Literal, get_args
 from jobs.chat import Renderer
 from jobs.data.request import Request, Template
 from jobs.data.rules import SOURCE, Language
+from jobs.data.sensitive import Sensitive
 from jobs.data.tidy import KINDS, tidy
 from jobs.formats import Conversation, Example, normalise
 from jobs.rows import Row, Unusable, parse_line
@@ -57,12 +59,14 @@ STRUCTURE = frozenset({"role", "from", "type"})
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found in a row. `detail` is what it is counted by; `note` says it of this row."""
+    """What a check found in a row. `detail` is what it is counted by; `note` says it of this row; `now` is
+    a text before and after it was put right."""
 
     check: Check
     outcome: Outcome
     detail: str
     note: str = ""
+    now: tuple[str, str] | None = None
 
 
 @dataclass
@@ -80,10 +84,10 @@ class Examined:
     synthetic: bool = False
     findings: list[Finding] = field(default_factory=list)
 
-    def note(self, check: Check, do: str, detail: str, note: str = "") -> bool:
+    def note(self, check: Check, do: str, detail: str, note: str = "", now: tuple[str, str] | None = None) -> bool:
         """Note a finding; whether the row stays."""
         outcome = OUTCOMES[do]
-        self.findings.append(Finding(check, outcome, detail, note or detail))
+        self.findings.append(Finding(check, outcome, detail, note or detail, now))
         if outcome in ("removed", "refused"):
             self.why, self.row = CHECKS.index(check) + 1, None
         return self.row is not None
@@ -95,6 +99,7 @@ class Examiner:
     def __init__(self, request: Request) -> None:
         self._rules = request.rules
         self._renderer = _renderer(request.template) if request.template else None
+        self._sensitive = Sensitive(request.rules, request.words)
         self._language = _identifier() if request.rules.language.do != "off" else None
 
     def examine(self, raw: Row | Unusable | bytes) -> Examined:
@@ -104,8 +109,10 @@ class Examiner:
         if isinstance(row, Unusable):
             found.note("format", self._rules.format, "no row", row.reason)
             return found
-        found.row = self._tidied(row, found)
         found.synthetic = row.get("synthetic") is True
+        found.row = self._tidied(row, found)
+        if not self._is_discreet(found):
+            return found
         if self._rules.balance.by != SOURCE:
             found.group = str(found.row.get(self._rules.balance.by, ""))[:80]
         example = normalise(found.row)
@@ -114,24 +121,56 @@ class Examiner:
             return found
         found.text = text_of(example)
         found.characters = len(found.text)
-        if self._is_foreign(found) or not self._is_teachable(example, found):
+        if self._is_foreign(found) or self._is_marked(found) or not self._is_teachable(example, found):
             return found
         found.digest = digest_of(example)
         return found
 
     def _tidied(self, row: Row, found: Examined) -> Row:
-        seen: set[str] = set()
+        seen: dict[str, tuple[str, str]] = {}
 
         def mend(text: str, key: str) -> str:
             better, kinds = tidy(text, self._rules, key)
-            seen.update(kinds)
+            for kind in kinds:
+                seen.setdefault(kind, (text, better))
             return better
 
         tidied: Row = {key: _mapped(value, mend, key) for key, value in row.items()}
         for kind in KINDS:
             if kind in seen:
-                found.findings.append(Finding(kind, OUTCOMES[getattr(self._rules, kind)], kind))
+                found.note(kind, getattr(self._rules, kind), kind, now=seen[kind])
         return tidied
+
+    def _is_discreet(self, found: Examined) -> bool:
+        """Whether the row stays, its personal data and secrets masked or replaced where the rules say so."""
+        if not self._sensitive.is_on:
+            return True
+        kinds: Counter[str] = Counter()
+        first: dict[str, tuple[str, str]] = {}
+
+        def mask(text: str, _: str) -> str:
+            better, hits = self._sensitive.mask(text)
+            kinds.update(hits)
+            for kind in hits:
+                first.setdefault(kind, (text, better))
+            return better
+
+        assert found.row is not None
+        masked = {key: _mapped(value, mask, key) for key, value in found.row.items()}
+        found.row = masked
+        for kind, count in kinds.items():
+            check: Check = "secrets" if kind == "secret" else "personal"
+            times = f" {count} times" if count > 1 else ""
+            if not found.note(check, getattr(self._rules, check).do, kind, f"{kind}{times}", first[kind]):
+                return False
+        return True
+
+    def _is_marked(self, found: Examined) -> bool:
+        """Whether the row is left out for a word or phrase in it."""
+        for check, words in self._sensitive.markers(found.text).items():
+            if not found.note(check, getattr(self._rules, check).do, words[0], ", ".join(words)):
+                return True
+        return False
 
     def _is_foreign(self, found: Examined) -> bool:
         """Whether the row is left out for its language."""

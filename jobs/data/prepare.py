@@ -26,7 +26,7 @@ from cluster.errors import DataError, LuthierError, ObjectExists, ObjectNotFound
 from cluster.logs import say
 from cluster.records import FileRecord
 from cluster.store import Store
-from jobs.data import balance, stage, whole
+from jobs.data import balance, similar, stage, whole
 from jobs.data.card import SHOWN, Card, Found, most, statistics
 from jobs.data.examine import CHECKS, Check, Outcome
 from jobs.data.parts import read_parts
@@ -102,7 +102,7 @@ def _examined(request: Request, paths: Sequence[Path], store: Store) -> tuple[Ca
     )
     before = (~table.is_evaluation).astype(np.uint16)
     found = _found(table)
-    _find_twins(table, request, found)
+    _find_twins(table, request, store, found)
     take, weights = _taken(table, request)
     warnings = _warnings(table, request, take)
     has_tokens = request.template is not None
@@ -197,20 +197,23 @@ def _found(table: Table) -> dict[Check, Found]:
     }
 
 
-def _find_twins(table: Table, request: Request, found: dict[Check, Found]) -> None:
+def _find_twins(table: Table, request: Request, store: Store, found: dict[Check, Found]) -> None:
     """Duplicates and leakage, exact ones first, added to what was found."""
     rules = request.rules
-    for kind in ("exact",):
+    for kind in ("exact", "near"):
         if getattr(rules.duplicates, kind) == getattr(rules.leakage, kind) == "off":
             continue
-        pairs = whole.exact(table)
+        exact = kind == "exact"
+        pairs = (
+            whole.exact(table) if exact else similar.pairs(table, request.digest, rules.duplicates.similarity, store)
+        )
         counts: dict[Check, Counter[Outcome]] = defaultdict(Counter)
         examples: dict[Check, dict[Outcome, list[RowExample]]] = defaultdict(lambda: defaultdict(list))
         for twin in whole.judge(table, pairs, rules, kind):
             counts[twin.check][twin.outcome] += 1
             shown = examples[twin.check][twin.outcome]
             if len(shown) < SHOWN:
-                alike = "says the same as" if kind == "exact" else f"{twin.similarity:.0%} like"
+                alike = "says the same as" if exact else f"{twin.similarity:.0%} like"
                 shown.append(RowExample(place=table.place(twin.index), note=f"{alike} {table.place(twin.of)}"))
         for check_ in counts:
             found[check_] = Found(
@@ -248,7 +251,7 @@ def _warnings(table: Table, request: Request, take: Take) -> tuple[str, ...]:
 def _refuse(card: Card, store: Store) -> None:
     """Raise DataError where a rule refuses a row, or nothing is left."""
     refused = [
-        f"\n  {example.place}: {check_}: {example.note}"
+        f"\n  {example.place}: {check_}: {example}"
         for check_, found in card.found.items()
         for example in found.examples.get("refused", ())
     ]

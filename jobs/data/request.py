@@ -14,6 +14,7 @@ from cluster import records
 from cluster.records import Record
 from jobs.chat import Overlong
 from jobs.config import DataConfig, DataLicence
+from jobs.data.markers import Words, load_words
 from jobs.data.rules import Rules
 
 FORMAT = 1
@@ -70,6 +71,7 @@ class Request:
     rules: Rules = field(compare=False)
     sources: tuple[Source, ...] = field(compare=False)
     template: Template | None = field(compare=False)
+    words: Words = field(compare=False)
 
     @property
     def rules_digest(self) -> str:
@@ -107,14 +109,28 @@ def make_request(
                 teachers=said.teachers if said else (),
             )
         )
+    words = _words(rules)
     described = {
         "format": FORMAT,
         "rules": rules.model_dump(mode="json"),
         "sources": [source.model_dump(mode="json") for source in sources],
         "template": template.described if template else None,
+        "words": words.model_dump(mode="json"),
     }
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:40]
-    return Request(digest, rules, tuple(sources), template), [path for _, _, path in given]
+    return Request(digest, rules, tuple(sources), template, words), [path for _, _, path in given]
+
+
+def _words(rules: Rules) -> Words:
+    """The lists of what is looked for, and of nothing else: a list that is not used decides nothing."""
+    if rules.toxicity.do == rules.injection.do == "off":
+        return Words()
+    listed = load_words()
+    return Words(
+        toxicity=() if rules.toxicity.do == "off" else (*listed.toxicity, *rules.toxicity.words),
+        injection=() if rules.injection.do == "off" else (*listed.injection, *rules.injection.words),
+        harmless=listed.harmless,
+    )
 
 
 def _with(split: Split, files: Files) -> Iterable[tuple[Split, str, Path]]:

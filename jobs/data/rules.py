@@ -50,19 +50,30 @@ class Language(Config):
 
 
 class Personal(Config):
-    """What says who somebody is. `kinds` empty: all that are known."""
+    """What says who somebody is. The same value becomes the same mask or value in the whole set, and in any other
+    with this seed."""
 
     do: Value = "off"
-    kinds: tuple[str, ...] = ()
-    languages: tuple[str, ...] = ("en", "zh")
+    kinds: tuple[Literal["email", "phone", "card", "iban", "national_id", "ip", "name"], ...] = Field(
+        ("email", "phone", "card", "iban", "national_id", "ip"), description="`name` needs spaCy and a model of it"
+    )
+    languages: tuple[str, ...] = Field(("en", "zh"), description="in which names are looked for")
+    regions: tuple[str, ...] | None = Field(None, description="whose telephone numbers count without a country code")
     seed: NonNegativeInt = Field(0, description="of the values that `replace` writes")
 
 
+class Secrets(Config):
+    """Keys, tokens and passwords."""
+
+    do: Value = "off"
+    seed: NonNegativeInt = 0
+
+
 class Words(Config):
-    """Phrases that give a text away, besides those that are known."""
+    """Words and phrases that give a text away: those of configs/policy/markers.yaml, and `words`."""
 
     do: Row = "off"
-    words: tuple[str, ...] = ()
+    words: tuple[str, ...] = Field((), description="more of them; a `*` at the end takes all endings")
 
 
 class Duplicates(Config):
@@ -74,11 +85,11 @@ class Duplicates(Config):
 
 
 class Leakage(Config):
-    """Rows of training that are in the evaluation data too: a loss measured there would say nothing."""
+    """Rows of training that are in the evaluation data too: a loss measured there would say nothing. Near ones are
+    as similar as near duplicates are."""
 
     exact: Row = "remove"
     near: Row = "off"
-    similarity: Share = 0.8
 
 
 class Balance(Config):
@@ -109,7 +120,7 @@ class Rules(Config):
     html: Text = "off"
     language: Language = Language()
     personal: Personal = Personal()
-    secrets: Personal = Personal()
+    secrets: Secrets = Secrets()
     toxicity: Words = Words()
     injection: Words = Words()
     duplicates: Duplicates = Duplicates()

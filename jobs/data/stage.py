@@ -22,10 +22,13 @@ from cluster import keys, records
 from cluster.errors import ObjectExists
 from cluster.records import FileRecord, Record
 from cluster.store import Store
-from jobs.data.examine import Check, Examined, Outcome, examiner
+from jobs.data import near
+from jobs.data.examine import Check, Examined, Finding, Outcome, examiner
 from jobs.data.parts import Part
 from jobs.data.request import Request
+from jobs.data.sensitive import excerpt, excerpt_of_change
 
+EXCERPTED = frozenset({"language", "template"})
 EXAMPLES = 3
 """Rows named for each check and outcome of a part."""
 
@@ -48,6 +51,10 @@ class RowExample(Record):
 
     place: str
     note: str
+    excerpt: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.note}: “{self.excerpt}”" if self.excerpt else self.note
 
 
 class PartReport(Record):
@@ -94,14 +101,19 @@ def _wants_signatures(request: Request) -> bool:
 
 
 def _signatures(examined: list[Examined]) -> pa.Array:
-    from jobs.data import near
-
     signatures = near.signatures([row.text for row in examined])
     return pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(signatures.itemsize * signatures.shape[1]),
         len(examined),
         [None, pa.py_buffer(np.ascontiguousarray(signatures))],
     )
+
+
+def signatures_in(table: pa.Table) -> near.UInt32:
+    """[rows, permutations] of what `examine_part` wrote."""
+    column = table["signature"].combine_chunks()
+    flat = np.frombuffer(column.buffers()[1], np.uint32, len(table) * near.PERMUTATIONS)
+    return flat.reshape(len(table), near.PERMUTATIONS)
 
 
 def report_of(part: Part, examined: list[Examined]) -> PartReport:
@@ -115,7 +127,7 @@ def report_of(part: Part, examined: list[Examined]) -> PartReport:
             details[found.check][found.detail] += 1
             shown = examples[found.check][found.outcome]
             if len(shown) < EXAMPLES:
-                shown.append(RowExample(place=str(place), note=found.note))
+                shown.append(_example(str(place), row, found))
     return PartReport(
         source=part.source,
         unit=part.places[0].unit,
@@ -124,6 +136,15 @@ def report_of(part: Part, examined: list[Examined]) -> PartReport:
         details={check: dict(found) for check, found in details.items()},
         examples={check: {name: tuple(rows) for name, rows in found.items()} for check, found in examples.items()},
     )
+
+
+def _example(place: str, row: Examined, found: Finding) -> RowExample:
+    shown = ""
+    if found.now:
+        shown = excerpt_of_change(*found.now)
+    elif found.check in EXCERPTED:
+        shown = excerpt(row.text)
+    return RowExample(place=place, note=found.note, excerpt=shown)
 
 
 def read_part(data: bytes) -> tuple[PartReport, pa.Table]:

@@ -18,7 +18,7 @@ from cluster.licences.gate import Gate
 from cluster.models import ModelConfig
 from cluster.records import BaseModelRef, CheckpointManifest, CheckpointRef, RunRecord
 from cluster.store import Store
-from jobs import card, dataset, digests, driver, runs, terms
+from jobs import card, dataset, run_record, runs, terms
 from jobs.config import Recipe
 from jobs.rows import read_rows
 from tests.e2e.submit import write_recipe, write_rows
@@ -52,9 +52,9 @@ class Family:
         gate = Gate.here()
         licences = gate.record(found := terms.artefacts_of(recipe, gate), gate.judge_all(found))
         begins = CheckpointRef(run_id=self.runs[parent].run_id, step=STEPS) if parent else None
-        sources = digests.sources(recipe, [(str(file), file)], [], licences)
+        sources = run_record.sources(recipe, [(str(file), file)], [], licences)
         tokens = self._tokenise(file, recipe)
-        run = driver.write_record(self.store, recipe, base, [tokens], sources, begins, licences, prepared)
+        run = run_record.write(self.store, recipe, base, [tokens], sources, begins, licences, prepared)
         self.runs[name] = run
         attempt = runs.begin_attempt(self.store, run.run_id, 0, 1, 1)
         lines = [json.dumps({"step": step, "loss": 4.0 / (step + 1)}) for step in range(STEPS)]

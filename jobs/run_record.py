@@ -1,7 +1,9 @@
-"""What a run's record keeps of all that it was made of: digests, data files with their contents, the code."""
+"""run.json: the recipe, and all that the run was made of: digests, data files with their contents, code, versions."""
 
+import secrets
 import subprocess
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -18,14 +20,60 @@ from cluster.records import (
     Digests,
     LicenceRecord,
     ModelManifest,
+    RunRecord,
     SourceFile,
 )
 from cluster.store import Store
+from cluster.who import submitter
 from jobs.config import Recipe
 
 LIBRARIES = ("ray", "torch", "deepspeed", "transformers", "tokenizers", "peft")
 
 Files = Sequence[tuple[str, Path]]
+
+
+def write(
+    store: Store,
+    recipe: Recipe,
+    base: BaseModelRef,
+    tokenised: Sequence[str],
+    sources: tuple[SourceFile, ...],
+    parent: CheckpointRef | None,
+    licences: LicenceRecord,
+    checked: str | None = None,
+    reproduces: str | None = None,
+) -> RunRecord:
+    """Write run.json, the record of a new run.
+
+    Args:
+        tokenised: digests of what to train on and, perhaps, to evaluate on.
+        checked: of the set of checked rows that they were made from.
+        reproduces: the run that it repeats.
+    """
+    record = RunRecord(
+        run_id=new_run_id(recipe.name),
+        recipe=recipe.model_dump(mode="json", by_alias=True),
+        dataset=tokenised[0],
+        evaluation=tokenised[1] if len(tokenised) > 1 else None,
+        prepared=checked,
+        code_revision=code_revision(),
+        versions=versions(),
+        base=base,
+        parent=parent,
+        licences=licences,
+        created_at=records.now(),
+        by=submitter(),
+        sources=sources,
+        digests=describe(store, recipe, base, tokenised, sources, parent, licences, checked),
+        reproduces=reproduces,
+    )
+    store.create(keys.run_record(record.run_id), record.to_bytes())
+    return record
+
+
+def new_run_id(name: str) -> str:
+    """`<recipe>-<UTC time>-<random>`: sorted by time, unique without asking anybody."""
+    return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def versions() -> dict[str, str]:
@@ -75,7 +123,7 @@ def describe(
     files: Sequence[SourceFile],
     parent: CheckpointRef | None,
     licences: LicenceRecord,
-    prepared: str | None = None,
+    checked: str | None = None,
 ) -> Digests:
     """All digests of a run that is about to begin. `datasets` are those to train on and, perhaps, to evaluate on."""
     return Digests(
@@ -85,7 +133,7 @@ def describe(
         data=datasets[0],
         evaluation=datasets[1] if len(datasets) > 1 else None,
         sources=records.digest_of_value([[each.use, each.name, each.sha256] for each in files]),
-        prepared=prepared,
+        prepared=checked,
         licences=records.digest_of_value(licences.model_dump(mode="json")),
         checks=records.digest_of_value([_counted(store, each) for each in datasets]),
         parent=_of_checkpoint(store, parent) if parent else None,
