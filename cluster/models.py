@@ -13,6 +13,8 @@ import json
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -21,20 +23,23 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from pydantic import Field, model_validator
 
 from cluster import env, keys, records
+from cluster.catalogue import remote_code
 from cluster.config import Config
 from cluster.errors import ModelError, ObjectExists, ObjectNotFound
 from cluster.records import Artefact, ArtefactKind, BaseModelRef, ModelManifest
 from cluster.store import Store
 
 WANTED_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
-"""What is fetched and mirrored of a model. Pickled weights (`*.bin`, `*.pt`) never are: loading them runs code."""
+"""What is fetched and mirrored of a model. Code and pickled weights (`*.bin`, `*.pt`) never are: loading runs them."""
+
+HUB_ERRORS = (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError, OSError)
+"""What the Hub's client raises for what is refused, is not there, or cannot be reached."""
 
 
 class Shape(Config):
@@ -177,35 +182,68 @@ def mirror(
     store: Store,
     origin: str | None = None,
     made_from: tuple[Artefact, ...] = (),
+    revision: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> str:
     """Copy a model folder into the store; what is there already is not sent again. Returns the revision.
 
     Args:
         origin: where the weights come from, for the manifest, when that is not the config's source.
         made_from: what the model was made from, with the licences of that.
+        revision: what it is kept under; None: the config's, or else the digest of its files.
+        say: is told of each file what was done with it.
     """
     read_shape(folder)
-    paths = sorted({path for pattern in WANTED_FILES for path in folder.glob(pattern) if path.is_file()})
-    if not any(path.suffix == ".safetensors" for path in paths):
-        raise ModelError(f"{folder} has no *.safetensors weights; convert them with save_pretrained()")
+    check_loadable(folder)
+    paths = wanted_files(folder)
     files = tuple(records.describe_file(path, path.name) for path in paths)
-    revision = model.revision or records.digest_of(files)[:40]
+    revision = revision or model.revision or records.digest_of(files)[:40]
     manifest = keys.model_manifest(model.name, revision)
-    if not store.exists(manifest):
-        for path in paths:
-            store.upload(path, keys.model_prefix(model.name, revision) + path.name)
-        record = ModelManifest(
-            name=model.name,
-            revision=revision,
-            source=origin or model.source,
-            licence=model.licence,
-            files=files,
-            created_at=records.now(),
-            artefacts=made_from,
-        )
-        with suppress(ObjectExists):  # another job mirrored the same bytes meanwhile
-            store.create(manifest, record.to_bytes())
+    if store.exists(manifest):
+        return revision
+    prefix = keys.model_prefix(model.name, revision)
+    stored = {item.key: item.size for item in store.list(prefix)}
+    for path, file in zip(paths, files, strict=True):
+        key = prefix + file.file
+        is_there = stored.get(key) == file.size and _sha256(store, key) == file.sha256
+        if not is_there:
+            store.upload(path, key)
+        if say:
+            say(f"{file.file}: {'already there' if is_there else 'uploaded'}, {file.size:,} bytes")
+    record = ModelManifest(
+        name=model.name,
+        revision=revision,
+        source=origin or model.source,
+        licence=model.licence,
+        files=files,
+        created_at=records.now(),
+        artefacts=made_from,
+    )
+    with suppress(ObjectExists):  # another job mirrored the same bytes meanwhile
+        store.create(manifest, record.to_bytes())
     return revision
+
+
+def check_loadable(folder: Path) -> None:
+    """Raises ModelError for a model that only its own code, or a pickle, would load: neither ever runs here."""
+    remote_code.refuse(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} has no *.safetensors weights; `luthier cluster models inspect {folder}` says what it has, and "
+            "`models add --convert` makes them of pickled ones"
+        )
+
+
+def wanted_files(folder: Path) -> list[Path]:
+    """What of a model's folder is mirrored."""
+    return sorted({path for pattern in WANTED_FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def _sha256(store: Store, key: str) -> str:
+    """Of a stored object, by reading it back: nothing else proves what a killed upload has left."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
+        return store.download(key, Path(temporary) / "object")
 
 
 def mirrored(store: Store) -> list[ModelManifest]:
@@ -231,7 +269,9 @@ def fetch(model: ModelConfig, base: BaseModelRef, store: Store) -> Path:
     The store's mirror is read if there is one, else the Hub. Raises ModelError, StoreError.
     """
     if model.is_hub and not store.exists(keys.model_manifest(base.name, base.revision)):
-        return from_hub(model)
+        folder = from_hub(model.source, model.revision or "")
+        check_loadable(folder)
+        return folder
     folder = cache_folder() / "models" / base.name / base.revision
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{base.revision}.lock").open("w") as lock:
@@ -260,19 +300,27 @@ def read_manifest(store: Store, base: BaseModelRef) -> ModelManifest:
         raise ModelError(f"{store.url} holds no model {base.name} at revision {base.revision}") from None
 
 
-def from_hub(model: ModelConfig) -> Path:
-    """The folder of a Hub model at its pinned revision, from the Hub's cache or the network. Raises ModelError."""
-    where = f"{model.source}@{model.revision}"
+def from_hub(source: str, revision: str, more: tuple[str, ...] = ()) -> Path:
+    """The folder of a Hub model at a commit, from the Hub's cache or the network. Raises ModelError.
+
+    Args:
+        more: patterns of files that are wanted besides those that are mirrored.
+    """
     try:
-        wanted = [*WANTED_FILES, "README.md"]  # the card, by which its licence is judged
-        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=wanted))
-    except GatedRepoError:
-        raise ModelError(f"{where} is gated: accept its licence on the Hub and set HF_TOKEN") from None
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise ModelError(f"{where} does not exist on the Hub, or HF_TOKEN may not read it") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"{where} is neither in the store nor reachable on the Hub ({reason}); on a machine with the Hub run "
-            f"`luthier cluster mirror configs/models/{model.name}.yaml --store URL`"
-        ) from None
+        wanted = [*WANTED_FILES, "README.md", *more]  # the card, by which its licence is judged
+        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+    except HUB_ERRORS as error:
+        raise hub_error(error, source, revision) from None
+
+
+def hub_error(error: Exception, source: str, revision: str | None) -> ModelError:
+    """What the Hub's refusal means."""
+    where = f"{source}@{revision}" if revision else source
+    if isinstance(error, GatedRepoError):
+        return ModelError(f"{where} is gated: accept its licence on the Hub and set HF_TOKEN")
+    if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
+        return ModelError(f"{where} does not exist on the Hub, or HF_TOKEN may not read it")
+    return ModelError(
+        f"{where} is neither in the store nor reachable on the Hub ({str(error).splitlines()[0]}); on a machine with "
+        f"the Hub run `luthier cluster models add {source} --revision {revision or 'COMMIT'} --name NAME --store URL`"
+    )
