@@ -9,6 +9,7 @@ a description to put on the stack. Any other name is refused when it is named, b
 Standard library alone, and no errors of ours but Refused: it runs in a process that has nothing else (sandbox.py).
 """
 
+import io
 import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,22 +131,23 @@ class _Machine:
             "APPEND": lambda _: self._append([self._pop()]), "APPENDS": lambda _: self._append(self._above_mark()),
             "SETITEM": lambda _: self._set([*reversed([self._pop(), self._pop()])]),
             "SETITEMS": lambda _: self._set(self._above_mark()),
-            "GLOBAL": lambda argument: self._name(*argument.split(" ", 1)),
+            "GLOBAL": lambda lines: self._name(*lines),
             "STACK_GLOBAL": lambda _: self._name(*reversed([self._pop(), self._pop()])),
             "BINPERSID": lambda _: self._stack.append(_storage(self._pop())),
             "REDUCE": self._reduce, "BUILD": self._build,
         }  # fmt: skip
 
     def run(self, data: bytes) -> Any:
+        stream = io.BytesIO(data)
         try:
-            for opcode, argument, _ in pickletools.genops(data):
+            while code := stream.read(1):
+                opcode = pickletools.code2op[code.decode("latin-1")]
                 if opcode.name == "STOP":
                     return self._pop()
-                if opcode.name not in self._opcodes:
+                if opcode.name not in self._opcodes:  # before its argument is looked at
                     raise Refused(f"it uses the pickle operation {opcode.name}, which no state dict needs")
-                self._opcodes[opcode.name](argument)
-        except Refused:
-            raise
+                read = _two_lines if opcode.name == "GLOBAL" else opcode.arg.reader if opcode.arg else _no_argument
+                self._opcodes[opcode.name](read(stream))
         except (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise Refused(f"its pickle is damaged ({error})") from None
         raise Refused("its pickle has no end")
@@ -207,6 +209,16 @@ class _Machine:
         self._pop()
         if not isinstance(self._stack[-1], dict):
             raise Refused("it sets the state of what is no mapping")
+
+
+def _two_lines(stream: io.BytesIO) -> tuple[str, str]:
+    """GLOBAL's module and name, as unpicklers read them (pickletools would resolve escapes in them)."""
+    module, name = stream.readline(), stream.readline()
+    return module.decode().removesuffix("\n"), name.decode().removesuffix("\n")
+
+
+def _no_argument(_: io.BytesIO) -> None:
+    pass
 
 
 def _storage(persistent: Any) -> Storage:

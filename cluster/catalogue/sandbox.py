@@ -10,6 +10,7 @@ The conversion itself never calls anything that a file names (pickles.py): this 
     {"refused": "it calls for os.system, …", "walls": {…}}
 """
 
+import codecs
 import ctypes
 import json
 import os
@@ -21,6 +22,8 @@ from cluster.catalogue.pickles import Refused
 
 _NEW_USER, _NEW_NET, _NEW_MOUNTS = 0x10000000, 0x40000000, 0x00020000
 _NO_NEW_PRIVILEGES = 38  # PR_SET_NO_NEW_PRIVS
+_CODECS = ("ascii", "cp437", "latin-1", "utf-8", "utf-32", "unicode-escape", "raw-unicode-escape")
+"""Of names in archives and text in pickles: modules, which cannot be imported once the file system is gone."""
 _OVERHEAD_BYTES = 512 << 20
 _HEADER_BYTES = 64 << 20
 
@@ -61,6 +64,8 @@ def _limit(size: int) -> None:
 
 def _close() -> dict[str, str]:
     """Leave the network and the file system; says for each why it could not be left, or nothing."""
+    for codec in _CODECS:
+        codecs.lookup(codec)
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     if libc.unshare(_NEW_USER | _NEW_NET | _NEW_MOUNTS) == 0 or libc.unshare(_NEW_NET | _NEW_MOUNTS) == 0:
