@@ -38,6 +38,7 @@ ITEM_BYTES = {
     "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
 
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 MAX_PICKLE_BYTES = 256 << 20  # the names and sizes of a million tensors
 _MAX_TENSOR_BYTES = 1 << 40
 _UNTYPED = "torch.storage UntypedStorage"
@@ -141,7 +142,7 @@ class _Machine:
         stream = io.BytesIO(data)
         try:
             while code := stream.read(1):
-                opcode = pickletools.code2op[code.decode("latin-1")]
+                opcode = _OPCODES[code.decode("latin-1")]
                 if opcode.name == "STOP":
                     return self._pop()
                 if opcode.name not in self._opcodes:  # before its argument is looked at

@@ -22,6 +22,9 @@ from cluster.errors import ObjectDamaged, ObjectNotFound
 from cluster.records import AdapterRecord, Artefact, BaseModelRef, ModelManifest, RunRecord
 from cluster.store import Store
 
+Key = tuple[str, str]
+"""A model's name and revision."""
+
 _MADE = "run "
 """How the source of a model begins that a run has published."""
 
@@ -83,44 +86,38 @@ def build(
     manifests: Iterable[ModelManifest], adapters: Iterable[AdapterRecord], runs: dict[str, RunRecord]
 ) -> list[Node]:
     """The roots, each with all that descends from it. Every model and adapter stands exactly once."""
-    nodes: dict[tuple[str, str], Node] = {}
-    parents: dict[tuple[str, str], BaseModelRef] = {}
+    nodes: dict[Key, Node] = {}
+    begun: dict[Key, RunRecord] = {}
     for manifest in manifests:
         key = (manifest.name, manifest.revision)
         run_id = _run_of(manifest)
         nodes[key] = Node("model", *key, manifest.licence, run_id=run_id, teachers=_teachers(manifest.artefacts))
-        if run_id in runs and (runs[run_id].base.name, runs[run_id].base.revision) != key:
-            parents[key] = runs[run_id].base
+        if run_id in runs:
+            begun[key] = runs[run_id]
             nodes[key].how = _how(manifest, runs[run_id])
-    roots = {}
-    for key, base in parents.items():
-        if not _is_above(key, base, parents):
-            _node(nodes, base).children.append(nodes[key])
-        else:  # records that name each other; none is above the other
-            parents[key] = BaseModelRef(name=key[0], revision=key[1], licence="")
+    above: dict[Key, Key] = {}
+    for key, run in begun.items():
+        parent = (run.base.name, run.base.revision)
+        if key not in _with_ancestors(parent, above):  # else records name each other, and neither is above the other
+            above[key] = parent
+            _node(nodes, run.base).children.append(nodes[key])
     for adapter in adapters:
         made = Node("adapter", adapter.name, str(adapter.version), adapter.base.licence, "adapter", adapter.run_id)
         made.teachers = _teachers(adapter.artefacts)
         _node(nodes, adapter.base).children.append(made)
-    below = {id(child) for node in nodes.values() for child in node.children}
-    roots = {key: node for key, node in nodes.items() if id(node) not in below}
     for node in nodes.values():
         node.children.sort(key=lambda each: (each.kind, each.name, each.version.zfill(12)))
-    return [roots[key] for key in sorted(roots)]
+    return [nodes[key] for key in sorted(nodes) if key not in above]
 
 
-def _is_above(key: tuple[str, str], base: BaseModelRef, parents: dict[tuple[str, str], BaseModelRef]) -> bool:
-    """Whether `key` is among the ancestors of its own parent."""
-    at, seen = (base.name, base.revision), set()
-    while at in parents and at not in seen:
-        seen.add(at)
-        at = (parents[at].name, parents[at].revision)
-        if at == key:
-            return True
-    return at == key
+def _with_ancestors(key: Key, above: dict[Key, Key]) -> list[Key]:
+    found = [key]
+    while found[-1] in above:
+        found.append(above[found[-1]])
+    return found
 
 
-def _node(nodes: dict[tuple[str, str], Node], base: BaseModelRef) -> Node:
+def _node(nodes: dict[Key, Node], base: BaseModelRef) -> Node:
     """The base's node; of one that the store does not hold (a Hub model), one that says so."""
     key = (base.name, base.revision)
     if key not in nodes:
