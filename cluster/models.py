@@ -19,16 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from pydantic import Field, model_validator
 
-from cluster import env, keys, records
+from cluster import env, hub, keys, records
 from cluster.catalogue import remote_code
 from cluster.config import Config
 from cluster.errors import ModelError, ObjectExists, ObjectNotFound
@@ -37,9 +30,8 @@ from cluster.store import Store
 
 WANTED_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
 """What is fetched and mirrored of a model. Code and pickled weights (`*.bin`, `*.pt`) never are: loading runs them."""
-
-HUB_ERRORS = (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HfHubHTTPError, OSError)
-"""What the Hub's client raises for what is refused, is not there, or cannot be reached."""
+HUB_FILES = (*WANTED_FILES, "README.md")
+"""What is fetched from the Hub: the card too, by which the licence is judged."""
 
 
 class Shape(Config):
@@ -269,7 +261,7 @@ def fetch(model: ModelConfig, base: BaseModelRef, store: Store) -> Path:
     The store's mirror is read if there is one, else the Hub. Raises ModelError, StoreError.
     """
     if model.is_hub and not store.exists(keys.model_manifest(base.name, base.revision)):
-        folder = from_hub(model.source, model.revision or "")
+        folder = hub.fetch(model.source, model.revision or "", HUB_FILES)
         check_loadable(folder)
         return folder
     folder = cache_folder() / "models" / base.name / base.revision
@@ -282,6 +274,7 @@ def fetch(model: ModelConfig, base: BaseModelRef, store: Store) -> Path:
             manifest = read_manifest(store, base)
             records.fetch_files(store, keys.model_prefix(base.name, base.revision), manifest.files, partial)
             partial.rename(folder)
+    check_loadable(folder)
     return folder
 
 
@@ -298,29 +291,3 @@ def read_manifest(store: Store, base: BaseModelRef) -> ModelManifest:
         return records.read(store, keys.model_manifest(base.name, base.revision), ModelManifest)
     except ObjectNotFound:
         raise ModelError(f"{store.url} holds no model {base.name} at revision {base.revision}") from None
-
-
-def from_hub(source: str, revision: str, more: tuple[str, ...] = ()) -> Path:
-    """The folder of a Hub model at a commit, from the Hub's cache or the network. Raises ModelError.
-
-    Args:
-        more: patterns of files that are wanted besides those that are mirrored.
-    """
-    try:
-        wanted = [*WANTED_FILES, "README.md", *more]  # the card, by which its licence is judged
-        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
-    except HUB_ERRORS as error:
-        raise hub_error(error, source, revision) from None
-
-
-def hub_error(error: Exception, source: str, revision: str | None) -> ModelError:
-    """What the Hub's refusal means."""
-    where = f"{source}@{revision}" if revision else source
-    if isinstance(error, GatedRepoError):
-        return ModelError(f"{where} is gated: accept its licence on the Hub and set HF_TOKEN")
-    if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
-        return ModelError(f"{where} does not exist on the Hub, or HF_TOKEN may not read it")
-    return ModelError(
-        f"{where} is neither in the store nor reachable on the Hub ({str(error).splitlines()[0]}); on a machine with "
-        f"the Hub run `luthier cluster models add {source} --revision {revision or 'COMMIT'} --name NAME --store URL`"
-    )

@@ -11,9 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi
-
-from cluster import keys, models
+from cluster import hub, keys, models
 from cluster.catalogue import weights
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, ModelError
@@ -117,13 +115,13 @@ def _of_store(wanted: Wanted, other: Store) -> Located:
 
 
 def _of_hub(wanted: Wanted, facts: Facts, say: Say) -> Located:
-    revision = wanted.revision or _newest(wanted.source)
+    revision = wanted.revision or hub.newest(wanted.source)
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         message = f"{revision!r} moves; pin the commit, 40 hex digits"
         raise ConfigError([Fault("command line", "--revision", message)])
     say(f"{wanted.source} at commit {revision}")
     more = ("pytorch_model*.bin", "pytorch_model.bin.index.json") if wanted.convert else ()
-    folder = models.from_hub(wanted.source, revision, more)
+    folder = hub.fetch(wanted.source, revision, (*models.HUB_FILES, *more))
     model = ModelConfig(
         name=name_for(wanted, wanted.source.partition("/")[2]),
         source=wanted.source,
@@ -133,14 +131,6 @@ def _of_hub(wanted: Wanted, facts: Facts, say: Say) -> Located:
         shape=None,
     )
     return Located(model, folder, f"{wanted.source}@{revision}", revision)
-
-
-def _newest(source: str) -> str:
-    """The commit that the Hub's main branch is at now. Raises ModelError."""
-    try:
-        return str(HfApi().model_info(source).sha)
-    except models.HUB_ERRORS as error:
-        raise models.hub_error(error, source, None) from None
 
 
 def _licence(wanted: Wanted, folder: Path, facts: Facts) -> str:

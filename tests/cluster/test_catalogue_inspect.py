@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -20,6 +21,7 @@ from cluster.errors import ModelError
 from cluster.licences.facts import load_facts
 from jobs.model import load_model, load_tokenizer, skeleton
 from scripts.demo.model import Architecture
+from serving.config import VllmConfig
 from serving.prompts import Prompts
 from tests.conftest import TinyModels
 
@@ -251,6 +253,8 @@ def test_no_door_runs_a_models_code(trap: tuple[Path, Path], monkeypatch: pytest
     assert not trace.exists()
     with pytest.raises(ModelError, match="never done here"):
         models.check_loadable(folder)
+    with pytest.raises(ValidationError, match="leave out --trust-remote-code"):
+        VllmConfig(arguments="--trust_remote_code")
 
 
 def test_the_families_that_need_no_code_are_those_of_the_pinned_transformers() -> None:
