@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.catalogue.table import Table
 from cluster.config import Config, load
 from cluster.gpus import GpuTable
 from cluster.licences.facts import Facts
@@ -29,6 +30,7 @@ DOORS = {
     "llguidance": {"serving/engine/grammar.py"},
 }
 SCHEMAS: dict[str, type[Config]] = {
+    "catalogue": Table,
     "models": ModelConfig,
     "clusters": ClusterConfig,
     "hardware": GpuTable,
