@@ -5,6 +5,7 @@ files belong to it with their sizes and SHA-256, so it is written last and is th
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -168,10 +169,67 @@ class CheckpointRef(Record):
     step: int
 
 
+Suite = Literal["loss", "answers", "regression", "safety"]
+"""What a version is measured by before an alias may point at it."""
+
+
+class SuiteFile(Record):
+    """A file of prompts that is in the store under its SHA-256; `source` is what the recipe called it."""
+
+    suite: Suite
+    source: str
+    sha256: str
+
+    @property
+    def key(self) -> str:
+        return keys.suite_file(self.sha256, Path(self.source).suffix.lower())
+
+
+class Requirement(Record):
+    """What a version must show before an alias may point at it: all that decides the figures, and their thresholds.
+
+    `settings` is the recipe's section `evaluation`, `dataset` the digest of the tokenised held-out rows, `scorers` the
+    SHA-256 of each scorer's source file; `compares` says whether it is measured against the version in `stable` too.
+    `digest` covers the rest: another suite or threshold is another requirement.
+    """
+
+    digest: str
+    suites: tuple[Suite, ...]
+    settings: dict[str, Any]
+    compares: bool
+    dataset: str | None = None
+    files: tuple[SuiteFile, ...] = ()
+    scorers: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        suites: tuple[Suite, ...],
+        settings: dict[str, Any],
+        compares: bool = False,
+        dataset: str | None = None,
+        files: tuple[SuiteFile, ...] = (),
+        scorers: dict[str, str] | None = None,
+    ) -> "Requirement":
+        """With its digest."""
+        made = cls(
+            digest="",
+            suites=suites,
+            settings=settings,
+            compares=compares,
+            dataset=dataset,
+            files=files,
+            scorers=scorers or {},
+        )
+        described = json.dumps(made.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
+        return made.model_copy(update={"digest": hashlib.sha256(described.encode()).hexdigest()})
+
+
 class RunRecord(Record):
     """What a run was asked to do; written once, before anything is spent. Enough to go on with it anywhere.
 
-    `dataset` and `evaluation` are digests of tokenised datasets; `parent` is the checkpoint that its weights began as.
+    `dataset` and `evaluation` are digests of tokenised datasets; `parent` is the checkpoint that its weights began as;
+    `gate` is what its result must show before an alias moves to it.
     """
 
     run_id: str
@@ -183,6 +241,7 @@ class RunRecord(Record):
     base: BaseModelRef
     parent: CheckpointRef | None = None
     licences: LicenceRecord | None = None
+    gate: Requirement | None = None
     created_at: str
 
 
@@ -275,7 +334,10 @@ class CheckpointManifest(Record):
 
 
 class AdapterRecord(Record):
-    """The commit of an adapter version. `artefacts` is what it was made from; older records have only their base."""
+    """The commit of an adapter version. `artefacts` is what it was made from; older records have only their base.
+
+    `gate` is what it must show before an alias may point at it; without, every alias may.
+    """
 
     name: str
     version: int
@@ -287,6 +349,7 @@ class AdapterRecord(Record):
     metrics: dict[str, float] = Field(default_factory=dict)
     created_at: str
     artefacts: tuple[Artefact, ...] = ()
+    gate: Requirement | None = None
 
     @property
     def chain(self) -> tuple[Artefact, ...]:
@@ -302,7 +365,10 @@ class Canary(Record):
 
 
 class AliasEntry(Record):
-    """One entry of an adapter's alias log: the whole state after one change. The highest number holds."""
+    """One entry of an adapter's alias log: the whole state after one change. The highest number holds.
+
+    `overridden` is why the evaluation gate had refused this change, where somebody made it all the same.
+    """
 
     stable: int | None = None
     canary: Canary | None = None
@@ -310,3 +376,4 @@ class AliasEntry(Record):
     by: str
     why: str
     at: str
+    overridden: tuple[str, ...] = ()
