@@ -10,6 +10,7 @@ patient    a store that sits out what passes, for whoever must go on in the midd
 keys       every key in the store, each made by one function
 records    what is written under those keys
 registry   adapters: publish, resolve, aliases with history, list
+evaluation  the gate before an alias moves: reports on versions, and whether one suffices
 metrics    every metric's name
 gauges     a metric as Ray's own object
 dashboards/  Grafana dashboards and Prometheus alerts, made from these names

@@ -150,7 +150,7 @@ def way_out(record: AdapterRecord, alias: str, url: str) -> str:
     """What one who is refused can do."""
     reference = f"{record.name}@{record.version}"
     return (
-        f"`luthier jobs evaluate {reference} --store {url}` evaluates it (again); a version that {alias} has held before "
+        f"`luthier jobs evaluate {reference} --store {url}` evaluates it; a version that {alias} has held before "
         f"can always be gone back to; `luthier cluster alias {record.name}@{alias} --version {record.version} "
         f'--override-gate --why "…" --store {url}` moves it all the same, and the log keeps who and why'
     )

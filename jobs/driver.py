@@ -1,7 +1,7 @@
 """A whole run, seen from the driver: each stage leaves a record that the next one reads.
 
-    resolve → plan → locate data → join Ray → pin the model → tokenise → run.json → train and publish → alias
-    resume: run.json → join Ray → train and publish → alias
+    resolve → plan → locate data → join Ray → pin the model → tokenise → run.json → train and publish → evaluate → alias
+    resume: run.json → join Ray → train and publish → evaluate → alias
 
 Everything that can be wrong with what the person gave is found before run.json is written, and before any worker is
 taken. Torch is imported by the checks of model and tokenizer, never before a config is sound.
@@ -20,14 +20,14 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from cluster import __version__, keys, ledger, models, records, registry, secret
+from cluster import __version__, keys, ledger, models, records, secret
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, InputError, LuthierError, RunFailed
 from cluster.licences.gate import Gate
 from cluster.logs import say
 from cluster.models import Shape, read_shape
 from cluster.patient import PatientStore
-from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord, RunRecord
+from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord, Requirement, RunRecord
 from cluster.session import joined
 from cluster.store import Store, open_store
 from cluster.who import submitter
@@ -35,6 +35,8 @@ from jobs import dataset, limits, runs, terms
 from jobs.attempts import Attempts
 from jobs.config import FullConfig, LoraConfig, Method, Recipe
 from jobs.plan import Plan, make_plan, shape_of
+from jobs.release import release
+from jobs.suites import Suites
 
 VERSIONS = ("ray", "torch", "deepspeed", "transformers", "peft")
 
@@ -54,18 +56,25 @@ def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     store = open_store(recipe.store)
     files = [dataset.locate_all(names, store, Path.cwd()) for names in (recipe.data.train, recipe.data.evaluation)]
     parent = runs.find_checkpoint(store, recipe.from_) if recipe.from_ else None
+    suites = Suites.locate(recipe.evaluation, store, Path.cwd()) if recipe.evaluation else None
     with joined(recipe.cluster, recipe.train.fewest, recipe.train.most, recipe.secrets):
-        record, shape = begin(recipe, files, parent, store, gate)
+        record, shape = begin(recipe, files, parent, store, gate, suites)
         return _carry_out(record, recipe, shape, store, began)
 
 
 def begin(
-    recipe: Recipe, files: list[list[tuple[str, Path]]], parent: CheckpointRef | None, store: Store, gate: Gate
+    recipe: Recipe,
+    files: list[list[tuple[str, Path]]],
+    parent: CheckpointRef | None,
+    store: Store,
+    gate: Gate,
+    suites: Suites | None = None,
 ) -> tuple[RunRecord, Shape]:
     """Pin the model, tokenise, and write run.json: all that comes before a worker is taken.
 
     Args:
         files: those to train on, and those to evaluate on.
+        suites: the prompts that the result is evaluated by.
     """
     begun = runs.find(store, parent.run_id).record if parent else None
     if begun:
@@ -83,7 +92,8 @@ def begin(
     _check_model(folder, recipe)
     say(summary(recipe, plan))
     prepared = [_prepare(some, recipe, folder, store) for some in files if some]
-    record = _write_record(store, recipe, base, prepared, parent, licences)
+    required = suites.require(store, prepared[1] if len(prepared) > 1 else None) if suites else None
+    record = _write_record(store, recipe, base, prepared, parent, licences, required)
     say(f"run {record.run_id} in {store.url}")
     if not recipe.publish:
         say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
@@ -159,7 +169,7 @@ def _carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Sto
     attempts = Attempts(record, recipe, shape, store, plain_store, began)
     try:
         result = attempts.run()
-        line = _conclude(run_id, recipe, result, store)
+        line = _conclude(record, recipe, result, store, plain_store)
     except (KeyboardInterrupt, SystemExit):  # Ray Train's handler of SIGINT ends its workers, then exits
         if attempts.is_replaced:
             raise RunFailed(f"run {run_id} goes on under another driver, so this one has ended") from None
@@ -170,6 +180,8 @@ def _carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Sto
         runs.tell(store, run_id, f"failed: {error}", "failed")
         raise
     published = f"published {line['adapter']}" if line["adapter"] else "nothing was published"
+    if line["promoted"] is False:
+        published += ", and not released"
     runs.tell(
         store, run_id, f"{line['state']} after {line['step']} steps; {published}", line["state"], step=line["step"]
     )
@@ -255,6 +267,7 @@ def _write_record(
     prepared: list[str],
     parent: CheckpointRef | None,
     licences: LicenceRecord,
+    required: Requirement | None,
 ) -> RunRecord:
     record = RunRecord(
         run_id=new_run_id(recipe.name),
@@ -266,6 +279,7 @@ def _write_record(
         base=base,
         parent=parent,
         licences=licences,
+        gate=required,
         created_at=records.now(),
     )
     store.create(keys.run_record(record.run_id), record.to_bytes())
@@ -281,29 +295,24 @@ def _code_revision() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def _conclude(run_id: str, recipe: Recipe, result: dict[str, Any], store: Store) -> dict[str, Any]:
-    """Move the alias, and put together the job's last line."""
+def _conclude(
+    record: RunRecord, recipe: Recipe, result: dict[str, Any], store: Store, plain_store: Store
+) -> dict[str, Any]:
+    """Release what was published, and put together the job's last line."""
     published = result["published"]
-    adapter = None
+    adapter = promoted = None
     if published and recipe.publish:
         adapter = f"{published['name']}@{published.get('version', published.get('revision'))}"
         say(f"published {adapter}")
-        if isinstance(recipe.method, LoraConfig) and recipe.publish.alias:
-            registry.set_alias(
-                store,
-                recipe.publish.name,
-                recipe.publish.alias,
-                published["version"],
-                by=submitter(),
-                why=f"published by run {run_id}",
-            )
-            say(f"alias {recipe.publish.name}@{recipe.publish.alias} is version {published['version']}")
+        if isinstance(recipe.method, LoraConfig):
+            promoted = release(record, recipe, published["name"], published["version"], store, plain_store)
     return {
-        "run_id": run_id,
+        "run_id": record.run_id,
         "state": result["state"],
         "step": result["step"],
         "metrics": result["metrics"],
         "checkpoint": result["checkpoint"],
         "adapter": adapter,
+        "promoted": promoted,
         "store": store.url,
     }

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cluster import models, registry
 from cluster.errors import AdapterRefused
 from cluster.models import ModelConfig
-from cluster.records import BaseModelRef, LicenceRecord
+from cluster.records import BaseModelRef, LicenceRecord, Requirement
 from cluster.store import Store
 from jobs import export
 from jobs.zero import ZeroEngine
@@ -39,11 +39,13 @@ def publish_adapter(
     metrics: dict[str, float],
     licences: LicenceRecord,
     base_folder: Path,
+    gate: Requirement | None = None,
 ) -> dict[str, Any] | None:
     """Publish the adapter under training as the next version of `name`. A collective.
 
     Args:
         licences: how the run was judged; its notice and the licence files of `base_folder` go along.
+        gate: what it must show before an alias moves to it.
 
     Returns:
         On rank 0 {"name", "version", "digest"}; None elsewhere.
@@ -67,7 +69,7 @@ def publish_adapter(
                 export.write_adapter(peft_model, weights, base, model.source if model.is_hub else base.name, folder)
                 export.add_notice(licences, base_folder, folder)
                 save_file({"input_ids": probe_ids, "logits": adapted}, folder / PROBE)
-                record = registry.publish(store, name, folder, base, run_id, step, metrics, licences.artefacts)
+                record = registry.publish(store, name, folder, base, run_id, step, metrics, licences.artefacts, gate)
             published = [{"name": record.name, "version": record.version, "digest": record.digest}]
         except AdapterRefused as error:
             published = [error]
