@@ -69,7 +69,7 @@ def adapters(
     as_json: AsJson = False,
 ) -> None:
     """List adapters and where their aliases point, or the versions of one."""
-    from cluster import registry
+    from cluster import evaluation, registry
     from cluster.errors import AdapterNotFound
     from cluster.store import open_existing
 
@@ -81,8 +81,12 @@ def adapters(
             raise AdapterNotFound(
                 f"no adapter {name} in {store}; adapters here: {', '.join(registry.names(opened)) or 'none'}"
             )
-        rows = [version.model_dump(mode="json") | {"base": version.base.name} for version in found]
-        show(rows, ("version", "digest", "base", "run_id", "step", "created_at"), as_json)
+        rows = [
+            version.model_dump(mode="json")
+            | {"base": version.base.name, "evaluation": evaluation.state(opened, version) or None}
+            for version in found
+        ]
+        show(rows, ("version", "digest", "base", "run_id", "step", "evaluation", "created_at"), as_json)
         return
     rows = []
     for adapter in registry.names(opened):

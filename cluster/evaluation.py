@@ -118,6 +118,14 @@ def newest(store: Store, record: AdapterRecord) -> EvaluationReport | None:
     return None
 
 
+def state(store: Store, record: AdapterRecord) -> str:
+    """In a word or two, what the newest report that counts says; empty where none is there and none is required."""
+    report = newest(store, record)
+    if report is None:
+        return "required" if record.gate else ""
+    return f"{'passed' if report.passed else 'failed'} ({report.number})"
+
+
 def refusals(store: Store, record: AdapterRecord, stable: int | None) -> tuple[str, ...]:
     """Why no alias may move to a version now, reason by reason; empty when one may.
 

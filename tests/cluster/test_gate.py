@@ -157,7 +157,9 @@ MOVES = st.lists(
     st.one_of(
         st.tuples(st.just("publish"), st.booleans()),
         st.tuples(st.just("report"), st.integers(1, 4), st.booleans()),
-        st.tuples(st.just("move"), st.sampled_from(ALIASES), st.integers(1, 4), st.integers(0, 5).map(lambda n: n == 0)),
+        st.tuples(
+            st.just("move"), st.sampled_from(ALIASES), st.integers(1, 4), st.integers(0, 5).map(lambda n: n == 0)
+        ),
         st.tuples(st.just("remove"), st.sampled_from(ALIASES)),
     ),
     max_size=14,
@@ -232,6 +234,8 @@ def test_alias_and_promote_as_a_person_meets_them(store: FolderStore) -> None:
     report(store, registry.record(store, "support", 1))
     assert "support@stable is version 1" in luthier("promote", "support@1", *at)
     publish(store)
+    assert "passed (2)" in luthier("adapters", "support", *at)
+    assert "required" in luthier("adapters", "support", *at)
     overriding = ("alias", "support@canary", "--version", "2", "--override-gate", *at)
     assert "--why" in luthier(*overriding, code=2)
     assert "not evaluated" in luthier(*overriding, "--why", "a trial for ten people")
