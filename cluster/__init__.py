@@ -11,6 +11,7 @@ store      the object store's protocol; folder.py and s3.py keep it
 patient    a store that sits out what passes, for whoever must go on in the middle of a long run
 keys       every key in the store, each made by one function
 records    what is written under those keys
+made       luthier.json: how the weights in a folder came to be
 registry   adapters: publish, resolve, aliases with history, list
 metrics    every metric's name
 gauges     a metric as Ray's own object

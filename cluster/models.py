@@ -21,17 +21,18 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from cluster import env, hub, keys, records
+from cluster import env, hub, keys, made, records
 from cluster.catalogue import remote_code
 from cluster.config import Config
 from cluster.errors import ModelError, ObjectExists, ObjectNotFound
 from cluster.records import Artefact, ArtefactKind, BaseModelRef, ModelManifest
 from cluster.store import Store
 
-WANTED_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
+WANTED_FILES = (
+    *("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"),
+)
 """What is fetched and mirrored of a model. Code and pickled weights (`*.bin`, `*.pt`) never are: loading runs them."""
-HUB_FILES = (*WANTED_FILES, "README.md")
-"""What is fetched from the Hub: the card too, by which the licence is judged."""
 
 
 class Shape(Config):
@@ -202,14 +203,16 @@ def mirror(
             store.upload(path, key)
         if say:
             say(f"{file.file}: {'already there' if is_there else 'uploaded'}, {file.size:,} bytes")
+    how = made.read(folder)  # of what was exported from a store, or published as a model
     record = ModelManifest(
         name=model.name,
         revision=revision,
-        source=origin or model.source,
+        source=origin or (f"run {how.run_id}" if how else model.source),
         licence=model.licence,
         files=files,
         created_at=records.now(),
-        artefacts=made_from,
+        artefacts=tuple(dict.fromkeys([*made_from, *(how.artefacts if how else ())])),
+        made=how,
     )
     with suppress(ObjectExists):  # another job mirrored the same bytes meanwhile
         store.create(manifest, record.to_bytes())
@@ -261,7 +264,7 @@ def fetch(model: ModelConfig, base: BaseModelRef, store: Store) -> Path:
     The store's mirror is read if there is one, else the Hub. Raises ModelError, StoreError.
     """
     if model.is_hub and not store.exists(keys.model_manifest(base.name, base.revision)):
-        folder = hub.fetch(model.source, model.revision or "", HUB_FILES)
+        folder = hub.fetch(model.source, model.revision or "", WANTED_FILES)
         check_loadable(folder)
         return folder
     folder = cache_folder() / "models" / base.name / base.revision

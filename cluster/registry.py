@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cluster import keys, records
 from cluster.errors import AdapterNotFound, ConfigError, Fault, ObjectDamaged, ObjectExists, ObjectNotFound
-from cluster.records import AdapterRecord, AliasEntry, Artefact, BaseModelRef, Canary
+from cluster.records import AdapterRecord, AliasEntry, Artefact, BaseModelRef, Canary, RunRecord
 from cluster.store import Store
 
 STABLE = "stable"
@@ -52,6 +52,7 @@ def publish(
     step: int,
     metrics: dict[str, float] | None = None,
     artefacts: tuple[Artefact, ...] = (),
+    run: RunRecord | None = None,
 ) -> AdapterRecord:
     """Make the adapter in `folder` the next version of `name`. Its content is checked by the caller.
 
@@ -59,6 +60,7 @@ def publish(
         folder: holds adapter_model.safetensors, adapter_config.json and NOTICE.
         metrics: figures of the run that are worth reading beside the version.
         artefacts: what it was made from, with the licences of that.
+        run: the run's record, whose digests and parent the version keeps.
     """
     if name == base.name:
         raise ConfigError([Fault(f"adapter name {name!r}", "", "is the base model's own name; choose another")])
@@ -86,6 +88,8 @@ def publish(
         metrics=metrics or {},
         created_at=records.now(),
         artefacts=artefacts,
+        digests=run.digests if run else None,
+        parent=run.parent if run else None,
     )
     store.create(keys.adapter_record(name, version), made.to_bytes())
     return made

@@ -15,6 +15,7 @@ from cluster.licences.organisation import Organisation
 from cluster.models import ModelConfig
 from cluster.place import ClusterConfig
 from jobs.config import Recipe
+from jobs.data.markers import Words
 from jobs.plan import make_plan, shape_of
 from serving.config import ServingConfig
 
@@ -37,6 +38,7 @@ SCHEMAS: dict[str, type[Config]] = {
     "serving": ServingConfig,
     "licences": Facts,
     "organisation": Organisation,
+    "markers": Words,
 }
 
 

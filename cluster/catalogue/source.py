@@ -121,7 +121,7 @@ def _of_hub(wanted: Wanted, facts: Facts, say: Say) -> Located:
         raise ConfigError([Fault("command line", "--revision", message)])
     say(f"{wanted.source} at commit {revision}")
     more = ("pytorch_model*.bin", "pytorch_model.bin.index.json") if wanted.convert else ()
-    folder = hub.fetch(wanted.source, revision, (*models.HUB_FILES, *more))
+    folder = hub.fetch(wanted.source, revision, (*models.WANTED_FILES, *more))
     model = ModelConfig(
         name=name_for(wanted, wanted.source.partition("/")[2]),
         source=wanted.source,
