@@ -4,7 +4,11 @@ Killed anywhere, the same command goes on: a file that is there with its size an
 is a model of the store before `model.json` is written, which is last.
 """
 
+import fcntl
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,12 +62,26 @@ def add(wanted: Wanted, store: Store, gate: Gate, say: Say, config_out: Path | N
     located = locate(wanted, gate.facts, say)
     if not wanted.convert:
         return _add(located, located.folder, wanted, store, gate, say, config_out)
-    models.cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="convert-", dir=models.cache_folder()) as temporary:
-        done = convert(located.folder, Path(temporary), say)
+    with _room(located.model.name) as room:
+        done = convert(located.folder, room, say)
         for wall in dict.fromkeys(wall for each in done for wall in each.open_walls):
             say(f"warning: the kernel did not let the converting process close its {wall}")
-        return _add(located, Path(temporary), wanted, store, gate, say, config_out)
+        return _add(located, room, wanted, store, gate, say, config_out)
+
+
+@contextmanager
+def _room(name: str) -> Iterator[Path]:
+    """An empty folder in the cache for one conversion of a model at a time; what a killed one has left goes first."""
+    room = models.cache_folder() / "converting" / name
+    room.parent.mkdir(parents=True, exist_ok=True)
+    with room.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(room, ignore_errors=True)
+        room.mkdir()
+        try:
+            yield room
+        finally:
+            shutil.rmtree(room)
 
 
 def _add(

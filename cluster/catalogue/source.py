@@ -122,6 +122,11 @@ def _of_hub(wanted: Wanted, facts: Facts, say: Say) -> Located:
     say(f"{wanted.source} at commit {revision}")
     more = ("pytorch_model*.bin", "pytorch_model.bin.index.json") if wanted.convert else ()
     folder = hub.fetch(wanted.source, revision, (*models.WANTED_FILES, *more))
+    if not wanted.convert and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{wanted.source} has no *.safetensors at commit {revision}; if it has pytorch_model*.bin, add it with "
+            "--convert: a sandboxed process makes safetensors of them"
+        )
     model = ModelConfig(
         name=name_for(wanted, wanted.source.partition("/")[2]),
         source=wanted.source,
