@@ -116,14 +116,22 @@ def read_shape(folder: Path) -> Shape:
         config: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         raise ModelError(f"{folder} is not a model folder: it has no config.json") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from None
-    config = config.get("text_config", config)
+    config = config.get("text_config", config) if isinstance(config, dict) else {}
     missing = [
         name for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if name not in config
     ]
     if missing:
         raise ModelError(f"{path} does not describe a decoder: no {', '.join(missing)}")
+    try:
+        return _shape(config)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{path} has sizes that are none: {reason}") from None
+
+
+def _shape(config: dict[str, Any]) -> Shape:
     heads = config["num_attention_heads"]
     return Shape(
         vocab_size=config["vocab_size"],

@@ -83,15 +83,13 @@ def read_tokenizer(folder: Path, definition: Definition | None) -> tuple[Tokeniz
 
 def _vocabulary(folder: Path, settings: dict[str, Any], found: list[Finding]) -> tuple[str, dict[str, int]]:
     """Which kind of tokenizer there is, and its tokens' ids where they can be read."""
-    fast = _json(folder / "tokenizer.json", found)
-    if fast:
-        vocabulary = fast.get("model", {}).get("vocab", {})
-        if isinstance(vocabulary, list):  # Unigram: [token, score], in order
-            token_ids = {str(entry[0]): index for index, entry in enumerate(vocabulary)}
-        else:
-            token_ids = dict(vocabulary)
-        token_ids |= {each["content"]: each["id"] for each in fast.get("added_tokens", [])}
-        return "tokenizer.json", token_ids
+    if (folder / "tokenizer.json").is_file():
+        try:
+            return "tokenizer.json", _token_ids(_json(folder / "tokenizer.json", found))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            text = f"tokenizer.json is none of the tokenizers library: {type(error).__name__} {error}"
+            found.append(Finding(Level.FAULT, "tokenizer", text, "fetch it again"))
+            return "tokenizer.json", {}
     slow = next((name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()), None)
     if slow:
         text = (
@@ -107,6 +105,15 @@ def _vocabulary(folder: Path, settings: dict[str, Any], found: list[Finding]) ->
         Finding(Level.FAULT, "tokenizer", text, "copy the tokenizer's files of the base model into the folder")
     )
     return "none", {}
+
+
+def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: [token, score], in order
+        token_ids = {str(entry[0]): index for index, entry in enumerate(vocabulary)}
+    else:
+        token_ids = {str(token): int(number) for token, number in vocabulary.items()}
+    return token_ids | {str(each["content"]): int(each["id"]) for each in tokenizer.get("added_tokens", [])}
 
 
 def _agreement(facts: TokenizerFacts, definition: Definition | None, rendered: str | None) -> Iterator[Finding]:
@@ -212,7 +219,7 @@ def _json(path: Path, found: list[Finding]) -> dict[str, Any]:
         return {}
     try:
         read = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         found.append(Finding(Level.FAULT, "tokenizer", f"{path.name} cannot be read: {error}", "fetch it again"))
         return {}
     return read if isinstance(read, dict) else {}

@@ -61,7 +61,7 @@ def read_header(path: Path) -> Header:
                 spans.append((start, end))
         wrong = next((name for name, each in tensors.items() if not _is_sound(each)), None)
         spans.sort()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} has a header that is none of safetensors ({error}); fetch it again") from None
     if wrong is not None:
         raise ModelError(f"{path}: the tensor {wrong} has a size that its shape and type do not give")
@@ -82,7 +82,7 @@ def read_index(path: Path) -> dict[str, str]:
     """Which file each tensor is in, by an index. Raises ModelError."""
     try:
         found = {str(name): str(file) for name, file in json.loads(path.read_text())["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ModelError(f"{path} is no index of weights; fetch it again") from None
     if bad := next((file for file in found.values() if Path(file).name != file), None):
         raise ModelError(f"{path} names the file {bad!r}, which is not one of the folder")

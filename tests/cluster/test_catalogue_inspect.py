@@ -136,6 +136,10 @@ def write(file: str, text: str) -> Callable[[Path], None]:
 WRONG: dict[str, tuple[Callable[[Path], Any], Level, str, str]] = {
     "no config": (without("config.json"), Level.FAULT, "definition", "no config.json"),
     "no JSON": (write("config.json", "{"), Level.FAULT, "definition", "not valid JSON"),
+    "no object": (write("config.json", "[]"), Level.FAULT, "definition", "does not describe a decoder"),
+    "nested without end": (write("config.json", "[" * 99999), Level.FAULT, "definition", "not valid JSON"),
+    "sizes that are none": (edit("config.json", hidden_size="wide"), Level.FAULT, "definition", "that are none"),
+    "a tokenizer that is none": (write("tokenizer.json", '{"model": []}'), Level.FAULT, "tokenizer", "is none of"),
     "not a language model": (
         edit("config.json", architectures=["ViTModel"]), Level.FAULT, "definition", "no causal language model",
     ),
