@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from cluster import keys, models, records
 from cluster.catalogue.convert import convert
 from cluster.catalogue.inspection import Inspection, inspect
 from cluster.catalogue.source import Located, Say, Wanted, locate
+from cluster.catalogue.weights import dtype_to_hold
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, LicenceRefused, ModelError
 from cluster.licences.chain import Judgement
@@ -64,6 +65,9 @@ def add(wanted: Wanted, store: Store, gate: Gate, say: Say, config_out: Path | N
         return _add(located, located.folder, wanted, store, gate, say, config_out)
     with _room(located.model.name) as room:
         done = convert(located.folder, room, say)
+        if not wanted.source.endswith((".yaml", ".yml")):  # a config says it
+            model = located.model.model_copy(update={"dtype": dtype_to_hold(room)})
+            located = replace(located, model=model)
         for wall in dict.fromkeys(wall for each in done for wall in each.open_walls):
             say(f"warning: the kernel did not let the converting process close its {wall}")
         return _add(located, room, wanted, store, gate, say, config_out)

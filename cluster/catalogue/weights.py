@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.errors import ModelError
 
@@ -87,3 +87,13 @@ def read_index(path: Path) -> dict[str, str]:
     if bad := next((file for file in found.values() if Path(file).name != file), None):
         raise ModelError(f"{path} names the file {bad!r}, which is not one of the folder")
     return found
+
+
+def dtype_to_hold(folder: Path) -> Literal["fp32", "bf16"]:
+    """The precision to hold a folder's weights in: the one that they are stored in, else bf16."""
+    try:
+        shards = sorted(folder.glob("*.safetensors"))[:1]
+        found = {each.dtype for shard in shards for each in read_header(shard).tensors.values()}
+    except ModelError:
+        return "bf16"  # an inspection refuses such a file
+    return "fp32" if found == {"F32"} else "bf16"

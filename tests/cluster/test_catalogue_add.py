@@ -113,6 +113,7 @@ def test_pickles_are_refused_and_then_converted(folder: Path, store: FolderStore
     with pytest.raises(ModelError, match="add it with --convert"):
         into(store, folder)
     added = into(store, folder, convert=True)
+    assert yaml.safe_load(added.config)["dtype"] == "fp32"  # what is in the pickle
     model = ModelConfig(name="tiny", source="store", revision=added.revision, licence="apache-2.0", shape=None)
     base = models.pin(model, store)
     found = load_file(models.fetch(model, base, store) / "model.safetensors")
