@@ -127,6 +127,7 @@ def _of_hub(wanted: Wanted, facts: Facts, say: Say) -> Located:
             f"{wanted.source} has no *.safetensors at commit {revision}; if it has pytorch_model*.bin, add it with "
             "--convert: a sandboxed process makes safetensors of them"
         )
+    say(f"{hub.verify(wanted.source, revision, folder)} large files are those of the Hub, by their SHA-256")
     model = ModelConfig(
         name=name_for(wanted, wanted.source.partition("/")[2]),
         source=wanted.source,

@@ -6,7 +6,10 @@ is no eos, padding that is the end token and so masks it, a template that does n
 
 import json
 import re
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from cluster.catalogue.definition import Definition, ids
 from cluster.catalogue.finding import Finding, Level
 
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+RENDER_S = 10.0
 _PROBE = [
     {"role": "user", "content": "Which colour is it?"},
     {"role": "assistant", "content": "Blue it is."},
@@ -185,12 +189,35 @@ def _render(template: str, settings: dict[str, Any], found: list[Finding]) -> st
     environment.globals |= {"raise_exception": _raise, "strftime_now": lambda pattern: pattern}
     tokens = {name: _text(settings.get(name)) or "" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     try:
-        compiled = environment.from_string(template)
-        return compiled.render(messages=_PROBE, add_generation_prompt=True, tools=None, documents=None, **tokens)
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        with _at_most(RENDER_S):
+            compiled = environment.from_string(template)
+            return compiled.render(messages=_PROBE, add_generation_prompt=True, tools=None, documents=None, **tokens)
+    except (
+        *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
+        *(TimeoutError, MemoryError, RecursionError),
+    ) as error:
         text = f"it does not render a conversation of user and assistant: {error}"
         found.append(Finding(Level.FAULT, "chat template", text, "correct chat_template.jinja"))
         return None
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in a block that takes longer: jinja's sandbox bounds one loop, and not loops in loops."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _raise(message: str) -> None:

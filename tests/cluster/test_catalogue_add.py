@@ -230,7 +230,12 @@ def test_a_hub_model_in_pickles_is_converted_and_served_from_the_store(
         env = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
         command = ["add", "me/tiny", "--store", store.url, "--revision", COMMIT, "--json"]
         refused = luthier(*command, **env)
-        done = luthier(*command, "--convert", **env)
+    with hub(folder, said="0" * 64) as other:
+        differs = luthier(*command, "--convert", **env | {"HF_ENDPOINT": other})
+    assert differs.returncode == 2
+    assert "pytorch_model.bin is not what the Hub has under that commit" in differs.stderr
+    with hub(folder) as address:
+        done = luthier(*command, "--convert", **env | {"HF_ENDPOINT": address})
     assert refused.returncode == 2
     assert "add it with --convert" in refused.stderr
     assert done.returncode == 0, done.stderr
