@@ -1,4 +1,4 @@
-"""The Hub: a model's files at a commit, from its cache or the network, and what a refusal means."""
+"""The Hub: a model's files at a commit, from its cache or the network, verified, and what a refusal means."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
 )
 
 from cluster.errors import ModelError
+from cluster.records import describe_file
 
 
 def fetch(source: str, revision: str, patterns: tuple[str, ...]) -> Path:
@@ -27,6 +28,26 @@ def newest(source: str) -> str:
         return str(HfApi().model_info(source).sha)
     except (HfHubHTTPError, OSError) as error:
         raise _meaning(error, source, None) from None
+
+
+def verify(source: str, revision: str, folder: Path) -> int:
+    """Compare the large files of a folder with the SHA-256 that the Hub has of them. Returns how many there are.
+
+    The client checks sizes alone. Raises ModelError for a file that differs, and where the Hub cannot be asked.
+    """
+    try:
+        siblings = HfApi().model_info(source, revision=revision, files_metadata=True).siblings or []
+    except (HfHubHTTPError, OSError) as error:
+        raise _meaning(error, source, revision) from None
+    known = {each.rfilename: each.lfs.sha256 for each in siblings if each.lfs}
+    found = [name for name in sorted(known) if (folder / name).is_file()]
+    for name in found:
+        if describe_file(folder / name, name).sha256 != known[name]:
+            raise ModelError(
+                f"{source}@{revision}: {name} is not what the Hub has under that commit (its SHA-256 differs); delete "
+                f"{(folder / name).resolve()} and fetch it again"
+            )
+    return len(found)
 
 
 def _meaning(error: Exception, source: str, revision: str | None) -> ModelError:

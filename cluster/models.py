@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from cluster import env, hub, keys, made, records
 from cluster.catalogue import remote_code
 from cluster.config import Config
 from cluster.errors import ModelError, ObjectExists, ObjectNotFound
-from cluster.records import Artefact, ArtefactKind, BaseModelRef, ModelManifest
+from cluster.records import Artefact, ArtefactKind, BaseModelRef, FileRecord, ModelManifest
 from cluster.store import Store
 
 WANTED_FILES = (
@@ -119,14 +119,22 @@ def read_shape(folder: Path) -> Shape:
         config: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         raise ModelError(f"{folder} is not a model folder: it has no config.json") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from None
-    config = config.get("text_config", config)
+    config = config.get("text_config", config) if isinstance(config, dict) else {}
     missing = [
         name for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if name not in config
     ]
     if missing:
         raise ModelError(f"{path} does not describe a decoder: no {', '.join(missing)}")
+    try:
+        return _shape(config)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{path} has sizes that are none: {reason}") from None
+
+
+def _shape(config: dict[str, Any]) -> Shape:
     heads = config["num_attention_heads"]
     return Shape(
         vocab_size=config["vocab_size"],
@@ -193,7 +201,7 @@ def mirror(
     check_loadable(folder)
     paths = wanted_files(folder)
     files = tuple(records.describe_file(path, path.name) for path in paths)
-    revision = revision or model.revision or records.digest_of(files)[:40]
+    revision = revision or model.revision or digest_revision(files)
     manifest = keys.model_manifest(model.name, revision)
     if store.exists(manifest):
         return revision
@@ -211,7 +219,7 @@ def mirror(
     record = ModelManifest(
         name=model.name,
         revision=revision,
-        source=f"run {how.run_id}" if how else origin or model.source,
+        source=origin or (f"run {how.run_id}" if how else model.source),
         licence=model.licence,
         files=files,
         created_at=records.now(),
@@ -231,6 +239,11 @@ def check_loadable(folder: Path) -> None:
             f"{folder} has no *.safetensors weights; `luthier cluster models inspect {folder}` says what it has, and "
             "`models add --convert` makes them of pickled ones"
         )
+
+
+def digest_revision(files: Iterable[FileRecord]) -> str:
+    """What a folder without a commit is kept under: the digest of its files, but not of the card that is about them."""
+    return records.digest_of(file for file in files if file.file != "README.md")[:40]
 
 
 def wanted_files(folder: Path) -> list[Path]:

@@ -4,8 +4,12 @@ Killed anywhere, the same command goes on: a file that is there with its size an
 is a model of the store before `model.json` is written, which is last.
 """
 
+import fcntl
+import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from cluster import keys, models, records
 from cluster.catalogue.convert import convert
 from cluster.catalogue.inspection import Inspection, inspect
 from cluster.catalogue.source import Located, Say, Wanted, locate
+from cluster.catalogue.weights import dtype_to_hold
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, LicenceRefused, ModelError
 from cluster.licences.chain import Judgement
@@ -58,12 +63,29 @@ def add(wanted: Wanted, store: Store, gate: Gate, say: Say, config_out: Path | N
     located = locate(wanted, gate.facts, say)
     if not wanted.convert:
         return _add(located, located.folder, wanted, store, gate, say, config_out)
-    models.cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="convert-", dir=models.cache_folder()) as temporary:
-        done = convert(located.folder, Path(temporary), say)
+    with _room(located.model.name) as room:
+        done = convert(located.folder, room, say)
+        if not wanted.source.endswith((".yaml", ".yml")):  # a config says it
+            model = located.model.model_copy(update={"dtype": dtype_to_hold(room)})
+            located = replace(located, model=model)
         for wall in dict.fromkeys(wall for each in done for wall in each.open_walls):
             say(f"warning: the kernel did not let the converting process close its {wall}")
-        return _add(located, Path(temporary), wanted, store, gate, say, config_out)
+        return _add(located, room, wanted, store, gate, say, config_out)
+
+
+@contextmanager
+def _room(name: str) -> Iterator[Path]:
+    """An empty folder in the cache for one conversion of a model at a time; what a killed one has left goes first."""
+    room = models.cache_folder() / "converting" / name
+    room.parent.mkdir(parents=True, exist_ok=True)
+    with room.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(room, ignore_errors=True)
+        room.mkdir()
+        try:
+            yield room
+        finally:
+            shutil.rmtree(room)
 
 
 def _add(
@@ -83,7 +105,9 @@ def _add(
     for each in judgements:
         say(f"{each.use}: {each.level}, by {', '.join(each.licences) or 'nothing'}")
     revision = _revision(located, folder, wanted)
-    origin = f"{located.origin}, converted from pickles" if wanted.convert else located.origin
+    origin: str | None = f"{located.origin}, converted from pickles" if wanted.convert else located.origin
+    if model.is_folder and not wanted.convert:
+        origin = None  # a folder may say itself of which run it is
     models.mirror(model, folder, store, origin, made_from, revision, say)
     kept = models.read_manifest(store, records.BaseModelRef(name=model.name, revision=revision, licence=model.licence))
     if kept.licence != model.licence:
@@ -104,7 +128,7 @@ def _revision(located: Located, folder: Path, wanted: Wanted) -> str:
         assert located.revision is not None
         return located.revision
     paths = models.wanted_files(folder)
-    digest = records.digest_of(records.describe_file(path, path.name) for path in paths)[:40]
+    digest = models.digest_revision(records.describe_file(path, path.name) for path in paths)
     if located.model.is_folder and wanted.revision not in (None, digest):
         raise ModelError(f"{located.origin} has the digest {digest}, and --revision asks for {wanted.revision}")
     return digest

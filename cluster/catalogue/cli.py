@@ -99,11 +99,11 @@ def add(
 
 @app.command()
 def inspect(
-    source: Annotated[str, typer.Argument(help="a model's folder; or its name in the --store")],
+    source: Annotated[str, typer.Argument(help="a model's folder, owner/name of the Hub, or its name in the --store")],
     store: Annotated[
         str | None, typer.Option("--store", help="where the model is; it is fetched into the cache")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="which revision of the store's; default: the newest")] = None,
+    revision: Annotated[str | None, typer.Option(help="which of the store's or the Hub's; default: the newest")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Explain a model's folder: what it is, what is missing or unsafe. Exit code 2 when it cannot be used."""
@@ -111,10 +111,15 @@ def inspect(
     from cluster.catalogue.source import Wanted, locate
     from cluster.licences.facts import load_facts
 
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
     folder = Path(source).expanduser()
     facts = load_facts()
     if store is not None:
-        folder = locate(Wanted(store, name=source, revision=revision), facts, print).folder
+        folder = locate(Wanted(store, name=source, revision=revision), facts, say).folder
+    elif source.count("/") == 1 and not source.startswith((".", "/", "~")) and not folder.exists():
+        folder = locate(Wanted(source, revision=revision, licence="not asked"), facts, say).folder
     found = inspection.inspect(folder, facts)
     if as_json:
         print(json.dumps(found.to_dict()))

@@ -11,6 +11,7 @@ Standard library alone, and no errors of ours but Refused: it runs in a process 
 
 import io
 import pickletools
+import reprlib  # short: a pickle of a hundred bytes can hold more than fits any memory
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -107,7 +108,9 @@ def parse(data: bytes) -> dict[str, Tensor]:
         raise Refused("it does not hold a state dict, a mapping of names to tensors")
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise Refused(f"its entry {name!r} is no tensor but {type(value).__name__}; save the state dict alone")
+            raise Refused(
+                f"its entry {reprlib.repr(name)} is no tensor but {type(value).__name__}; save the state dict alone"
+            )
     return found
 
 
@@ -202,7 +205,7 @@ class _Machine:
     def _reduce(self, _: Any) -> None:
         arguments, function = self._pop(), self._pop()
         if not isinstance(function, _Name) or function.text not in _BUILDERS or not isinstance(arguments, tuple):
-            raise Refused(f"it calls {function!r}, which no state dict needs")
+            raise Refused(f"it calls {reprlib.repr(function)}, which no state dict needs")
         self._stack.append(_BUILDERS[function.text](*arguments))
 
     def _build(self, _: Any) -> None:
@@ -227,7 +230,7 @@ def _storage(persistent: Any) -> Storage:
     kind, cls, key, _, elements = persistent
     is_whole = kind == "storage" and isinstance(cls, _Name) and isinstance(key, str) and isinstance(elements, int)
     if not is_whole or not key.isdecimal() or not 0 <= elements <= _MAX_TENSOR_BYTES:
-        raise Refused(f"its reference {persistent!r} is none to a storage")
+        raise Refused(f"its reference {reprlib.repr(persistent)} is none to a storage")
     return Storage(key, None if cls.text == _UNTYPED else STORAGES[cls.text.removeprefix("torch ")], elements)
 
 

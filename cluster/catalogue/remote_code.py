@@ -51,6 +51,6 @@ def refuse(folder: Path) -> None:
 def _read(path: Path) -> dict[str, object]:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}  # what is wrong with it, an inspection says
     return found if isinstance(found, dict) else {}

@@ -93,7 +93,7 @@ def _of_folder(wanted: Wanted, facts: Facts) -> Located:
         source=str(folder),
         revision=None,
         licence=_licence(wanted, folder, facts),
-        dtype=_dtype(folder),
+        dtype=weights.dtype_to_hold(folder),
         shape=None,
     )
     return Located(model, folder, str(folder), wanted.revision)
@@ -110,7 +110,7 @@ def _of_store(wanted: Wanted, other: Store) -> Located:
     model = ModelConfig(name=name, source="store", revision=manifest.revision, licence=manifest.licence, shape=None)
     base = BaseModelRef(name=name, revision=manifest.revision, licence=manifest.licence)
     folder = models.fetch(model, base, other)
-    model = model.model_copy(update={"dtype": _dtype(folder)})
+    model = model.model_copy(update={"dtype": weights.dtype_to_hold(folder)})
     return Located(model, folder, manifest.source, manifest.revision, manifest.chain)
 
 
@@ -122,12 +122,18 @@ def _of_hub(wanted: Wanted, facts: Facts, say: Say) -> Located:
     say(f"{wanted.source} at commit {revision}")
     more = ("pytorch_model*.bin", "pytorch_model.bin.index.json") if wanted.convert else ()
     folder = hub.fetch(wanted.source, revision, (*models.WANTED_FILES, *more))
+    if not wanted.convert and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{wanted.source} has no *.safetensors at commit {revision}; if it has pytorch_model*.bin, add it with "
+            "--convert: a sandboxed process makes safetensors of them"
+        )
+    say(f"{hub.verify(wanted.source, revision, folder)} large files are those of the Hub, by their SHA-256")
     model = ModelConfig(
         name=name_for(wanted, wanted.source.partition("/")[2]),
         source=wanted.source,
         revision=revision,
         licence=_licence(wanted, folder, facts),
-        dtype=_dtype(folder),
+        dtype=weights.dtype_to_hold(folder),
         shape=None,
     )
     return Located(model, folder, f"{wanted.source}@{revision}", revision)
@@ -141,13 +147,3 @@ def _licence(wanted: Wanted, folder: Path, facts: Facts) -> str:
     if said is None:
         raise ModelError(f"{wanted.source} has no card that names its licence; give it by --licence (SPDX or Hub id)")
     return said
-
-
-def _dtype(folder: Path) -> str:
-    """The precision to hold the weights in: what they are stored in, where that is one that is held."""
-    shards = sorted(folder.glob("*.safetensors"))
-    try:
-        found = {each.dtype for shard in shards[:1] for each in weights.read_header(shard).tensors.values()}
-    except ModelError:
-        return "bf16"  # an inspection refuses such a file
-    return "fp32" if found == {"F32"} else "bf16"

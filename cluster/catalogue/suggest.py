@@ -179,7 +179,7 @@ def _for(model: Candidate, wished: Wish, gate: Gate) -> list[str]:
     found.append(
         f"languages: its card lists {', '.join(listed)}"
         if len(listed) == len(wished.languages)
-        else "languages: its card says that they are many, and lists none: try yours"
+        else "languages: its card says that they are many, and does not list all of yours: try them"
     )
     if wished.domain:
         fits = _is_of(model, wished.domain)

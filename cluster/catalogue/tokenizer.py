@@ -6,7 +6,10 @@ is no eos, padding that is the end token and so masks it, a template that does n
 
 import json
 import re
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from cluster.catalogue.definition import Definition, ids
 from cluster.catalogue.finding import Finding, Level
 
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+RENDER_S = 10.0
 _PROBE = [
     {"role": "user", "content": "Which colour is it?"},
     {"role": "assistant", "content": "Blue it is."},
@@ -83,15 +87,13 @@ def read_tokenizer(folder: Path, definition: Definition | None) -> tuple[Tokeniz
 
 def _vocabulary(folder: Path, settings: dict[str, Any], found: list[Finding]) -> tuple[str, dict[str, int]]:
     """Which kind of tokenizer there is, and its tokens' ids where they can be read."""
-    fast = _json(folder / "tokenizer.json", found)
-    if fast:
-        vocabulary = fast.get("model", {}).get("vocab", {})
-        if isinstance(vocabulary, list):  # Unigram: [token, score], in order
-            token_ids = {str(entry[0]): index for index, entry in enumerate(vocabulary)}
-        else:
-            token_ids = dict(vocabulary)
-        token_ids |= {each["content"]: each["id"] for each in fast.get("added_tokens", [])}
-        return "tokenizer.json", token_ids
+    if (folder / "tokenizer.json").is_file():
+        try:
+            return "tokenizer.json", _token_ids(_json(folder / "tokenizer.json", found))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            text = f"tokenizer.json is none of the tokenizers library: {type(error).__name__} {error}"
+            found.append(Finding(Level.FAULT, "tokenizer", text, "fetch it again"))
+            return "tokenizer.json", {}
     slow = next((name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (folder / name).is_file()), None)
     if slow:
         text = (
@@ -107,6 +109,15 @@ def _vocabulary(folder: Path, settings: dict[str, Any], found: list[Finding]) ->
         Finding(Level.FAULT, "tokenizer", text, "copy the tokenizer's files of the base model into the folder")
     )
     return "none", {}
+
+
+def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: [token, score], in order
+        token_ids = {str(entry[0]): index for index, entry in enumerate(vocabulary)}
+    else:
+        token_ids = {str(token): int(number) for token, number in vocabulary.items()}
+    return token_ids | {str(each["content"]): int(each["id"]) for each in tokenizer.get("added_tokens", [])}
 
 
 def _agreement(facts: TokenizerFacts, definition: Definition | None, rendered: str | None) -> Iterator[Finding]:
@@ -178,12 +189,35 @@ def _render(template: str, settings: dict[str, Any], found: list[Finding]) -> st
     environment.globals |= {"raise_exception": _raise, "strftime_now": lambda pattern: pattern}
     tokens = {name: _text(settings.get(name)) or "" for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
     try:
-        compiled = environment.from_string(template)
-        return compiled.render(messages=_PROBE, add_generation_prompt=True, tools=None, documents=None, **tokens)
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        with _at_most(RENDER_S):
+            compiled = environment.from_string(template)
+            return compiled.render(messages=_PROBE, add_generation_prompt=True, tools=None, documents=None, **tokens)
+    except (
+        *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError),
+        *(TimeoutError, MemoryError, RecursionError),
+    ) as error:
         text = f"it does not render a conversation of user and assistant: {error}"
         found.append(Finding(Level.FAULT, "chat template", text, "correct chat_template.jinja"))
         return None
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in a block that takes longer: jinja's sandbox bounds one loop, and not loops in loops."""
+
+    def ring(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} s")
+
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _raise(message: str) -> None:
@@ -212,7 +246,7 @@ def _json(path: Path, found: list[Finding]) -> dict[str, Any]:
         return {}
     try:
         read = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         found.append(Finding(Level.FAULT, "tokenizer", f"{path.name} cannot be read: {error}", "fetch it again"))
         return {}
     return read if isinstance(read, dict) else {}

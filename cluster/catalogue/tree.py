@@ -1,13 +1,14 @@
 """What a store holds, drawn by descent: base → adapters → merged → distilled. Pure, but for reading the records.
 
     qwen3-8b  b968826d…  apache-2.0
-    ├── orders-json@1
-    └── orders-merged  4f1c…  (merged, from run 1f2e)
-        └── redact@3
+    ├── orders@1
+    │   └── orders-merged  4f1c…  apache-2.0  (merged, run 1f2e)
+    │       └── redact@3
+    └── small  77aa…  apache-2.0  (distilled, run 9b01, taught by qwen3-8b)
 
-An adapter stands below the base revision that its record names. A model that a run has made stands below the model that
-the run began from; what it learned by the outputs of is told as its teacher. What names a parent that the store does
-not hold stands below that parent's name, marked absent.
+An adapter stands below the base that its record names, what it was merged into below the adapter, a model that a run
+has trained below the model that the run began from; by whose outputs it learned is told as its teacher. What names a
+parent that the store does not hold stands below that parent's name, which says so.
 """
 
 from collections.abc import Iterable
@@ -22,10 +23,10 @@ from cluster.errors import ObjectDamaged, ObjectNotFound
 from cluster.records import AdapterRecord, Artefact, BaseModelRef, ModelManifest, RunRecord
 from cluster.store import Store
 
-Key = tuple[str, str]
-"""A model's name and revision."""
+Key = tuple[str, str, str]
+"""A node's kind, name and version."""
 
-_MADE = "run "
+_RUN = "run "
 """How the source of a model begins that a run has published."""
 
 
@@ -42,6 +43,10 @@ class Node:
     teachers: tuple[str, ...] = ()
     is_absent: bool = False
     children: "list[Node]" = field(default_factory=list)
+
+    @property
+    def key(self) -> Key:
+        return self.kind, self.name, self.version
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -87,27 +92,31 @@ def build(
 ) -> list[Node]:
     """The roots, each with all that descends from it. Every model and adapter stands exactly once."""
     nodes: dict[Key, Node] = {}
-    begun: dict[Key, RunRecord] = {}
-    for manifest in manifests:
-        key = (manifest.name, manifest.revision)
-        run_id = _run_of(manifest)
-        nodes[key] = Node("model", *key, manifest.licence, run_id=run_id, teachers=_teachers(manifest.artefacts))
-        if run_id in runs:
-            begun[key] = runs[run_id]
-            nodes[key].how = _how(manifest, runs[run_id])
-    above: dict[Key, Key] = {}
-    for key, run in begun.items():
-        parent = (run.base.name, run.base.revision)
-        if key not in _with_ancestors(parent, above):  # else records name each other, and neither is above the other
-            above[key] = parent
-            _node(nodes, run.base).children.append(nodes[key])
+    wanted: dict[Key, list[Node]] = {}  # the nodes above each, nearest first, as its record names them
     for adapter in adapters:
-        made = Node("adapter", adapter.name, str(adapter.version), adapter.base.licence, "adapter", adapter.run_id)
-        made.teachers = _teachers(adapter.artefacts)
-        _node(nodes, adapter.base).children.append(made)
+        node = Node("adapter", adapter.name, str(adapter.version), adapter.base.licence, "adapter", adapter.run_id)
+        node.teachers = _teachers(adapter.artefacts)
+        nodes[node.key] = node
+        wanted[node.key] = [_absent(adapter.base)]
+    for manifest in manifests:
+        node = Node("model", manifest.name, manifest.revision, manifest.licence, run_id=_run_of(manifest))
+        node.teachers = _teachers(manifest.artefacts)
+        nodes[node.key] = node
+        if above := _above(manifest, runs.get(node.run_id)):
+            node.how = _how(manifest, runs.get(node.run_id))
+            wanted[node.key] = above
+    above_of: dict[Key, Key] = {}
+    for key, line in wanted.items():
+        below = key
+        for parent in line:
+            if below in above_of or below in _with_ancestors(parent.key, above_of):
+                break  # it stands already; or records name each other, and neither is above the other
+            above_of[below] = parent.key
+            nodes.setdefault(parent.key, parent).children.append(nodes[below])
+            below = parent.key
     for node in nodes.values():
         node.children.sort(key=lambda each: (each.kind, each.name, each.version.zfill(12)))
-    return [nodes[key] for key in sorted(nodes) if key not in above]
+    return [nodes[key] for key in sorted(nodes) if key not in above_of]
 
 
 def _with_ancestors(key: Key, above: dict[Key, Key]) -> list[Key]:
@@ -117,22 +126,36 @@ def _with_ancestors(key: Key, above: dict[Key, Key]) -> list[Key]:
     return found
 
 
-def _node(nodes: dict[Key, Node], base: BaseModelRef) -> Node:
-    """The base's node; of one that the store does not hold (a Hub model), one that says so."""
-    key = (base.name, base.revision)
-    if key not in nodes:
-        nodes[key] = Node("model", *key, base.licence, is_absent=True)
-    return nodes[key]
+def _above(manifest: ModelManifest, run: RunRecord | None) -> list[Node]:
+    """What a model was made of, nearest first: an adapter and its base, or a base. Nothing, if it came from outside."""
+    made = manifest.made
+    if made and made.adapter:
+        adapter = Node("adapter", made.adapter.name, str(made.adapter.version), made.base.licence, is_absent=True)
+        return [adapter, _absent(made.base)]
+    if made or run:
+        base = made.base if made else run.base if run else None
+        assert base
+        is_itself = (base.name, base.revision) == (manifest.name, manifest.revision)
+        return [] if is_itself else [_absent(base)]
+    return []
+
+
+def _absent(base: BaseModelRef) -> Node:
+    """A base's node, where the store has no record of it: a Hub model that is not mirrored."""
+    return Node("model", base.name, base.revision, base.licence, is_absent=True)
 
 
 def _run_of(manifest: ModelManifest) -> str:
-    return manifest.source.removeprefix(_MADE) if manifest.source.startswith(_MADE) else ""
+    if manifest.made:
+        return manifest.made.run_id
+    return manifest.source.removeprefix(_RUN) if manifest.source.startswith(_RUN) else ""
 
 
-def _how(manifest: ModelManifest, run: RunRecord) -> str:
-    if any(each.kind == "teacher" for each in manifest.artefacts) and run.recipe.get("objective") == "distill":
-        return "distilled"
-    return "merged" if run.recipe.get("method", {}).get("kind") not in (None, "full") else "trained"
+def _how(manifest: ModelManifest, run: RunRecord | None) -> str:
+    if manifest.made and manifest.made.kind == "merged":
+        return "merged"
+    is_distilled = run is not None and run.recipe.get("objective") == "distill"
+    return "distilled" if is_distilled or _teachers(manifest.artefacts) else "trained"
 
 
 def _teachers(artefacts: Iterable[Artefact]) -> tuple[str, ...]:

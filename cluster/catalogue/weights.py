@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.errors import ModelError
 
@@ -61,7 +61,7 @@ def read_header(path: Path) -> Header:
                 spans.append((start, end))
         wrong = next((name for name, each in tensors.items() if not _is_sound(each)), None)
         spans.sort()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} has a header that is none of safetensors ({error}); fetch it again") from None
     if wrong is not None:
         raise ModelError(f"{path}: the tensor {wrong} has a size that its shape and type do not give")
@@ -82,8 +82,18 @@ def read_index(path: Path) -> dict[str, str]:
     """Which file each tensor is in, by an index. Raises ModelError."""
     try:
         found = {str(name): str(file) for name, file in json.loads(path.read_text())["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ModelError(f"{path} is no index of weights; fetch it again") from None
     if bad := next((file for file in found.values() if Path(file).name != file), None):
         raise ModelError(f"{path} names the file {bad!r}, which is not one of the folder")
     return found
+
+
+def dtype_to_hold(folder: Path) -> Literal["fp32", "bf16"]:
+    """The precision to hold a folder's weights in: the one that they are stored in, else bf16."""
+    try:
+        shards = sorted(folder.glob("*.safetensors"))[:1]
+        found = {each.dtype for shard in shards for each in read_header(shard).tensors.values()}
+    except ModelError:
+        return "bf16"  # an inspection refuses such a file
+    return "fp32" if found == {"F32"} else "bf16"

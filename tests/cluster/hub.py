@@ -15,6 +15,7 @@ COMMIT = "c0ffee" + "0" * 34
 
 class _Hub(BaseHTTPRequestHandler):
     folder: ClassVar[Path]
+    said: ClassVar[str]
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -31,7 +32,8 @@ class _Hub(BaseHTTPRequestHandler):
             "/api/models/me/tiny/revision/main",
             f"/api/models/me/tiny/revision/{COMMIT}",
         ):
-            about = {"id": "me/tiny", "sha": COMMIT, "siblings": [{"rfilename": name} for name in named]}
+            siblings = [{"rfilename": name, **self._large(self.folder / name)} for name in named]
+            about = {"id": "me/tiny", "sha": COMMIT, "siblings": siblings}
             body = json.dumps(about).encode()
         elif path == f"/api/models/me/tiny/tree/{COMMIT}":
             sizes = [(each.name, each.stat().st_size) for each in sorted(self.folder.iterdir())]
@@ -49,14 +51,26 @@ class _Hub(BaseHTTPRequestHandler):
         self.end_headers()
         return body
 
+    def _large(self, path: Path) -> dict[str, object]:
+        """What the Hub says of files that it keeps apart: weights."""
+        if path.suffix not in (".safetensors", ".bin"):
+            return {}
+        data = path.read_bytes()
+        digest = self.said or hashlib.sha256(data).hexdigest()
+        return {"size": len(data), "lfs": {"sha256": digest, "size": len(data), "pointerSize": 134}}
+
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  # its parent's name
         pass
 
 
 @contextmanager
-def hub(folder: Path) -> Iterator[str]:
-    """A Hub with `me/tiny`, whose files are those of `folder`, and `me/gated`; its address."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"folder": folder})) as server:
+def hub(folder: Path, said: str = "") -> Iterator[str]:
+    """A Hub with `me/tiny`, whose files are those of `folder`, and `me/gated`; its address.
+
+    Args:
+        said: the SHA-256 that it says its weights have, when not the true one.
+    """
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Hub", (_Hub,), {"folder": folder, "said": said})) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

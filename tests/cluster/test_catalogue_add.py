@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from cluster import keys, models, records
 from cluster.catalogue.add import Added, add
 from cluster.catalogue.source import Wanted
+from cluster.cli import app
 from cluster.config import load
 from cluster.errors import ConfigError, LicenceRefused, ModelError
 from cluster.folder import FolderStore
@@ -68,7 +71,7 @@ def test_a_folder_is_pinned_by_its_digest_and_can_be_trained(folder: Path, store
     fetched = models.fetch(model, base, store)
     assert load_model(fetched, "fp32").num_parameters() == load_model(folder, "fp32").num_parameters()
     manifest = models.read_manifest(store, base)
-    assert records.digest_of(manifest.files)[:40] == added.revision
+    assert models.digest_revision(manifest.files) == added.revision
     assert manifest.licence == "apache-2.0"  # the card's
     again: list[str] = []
     assert into(store, folder, again, revision=added.revision).revision == added.revision
@@ -110,6 +113,7 @@ def test_pickles_are_refused_and_then_converted(folder: Path, store: FolderStore
     with pytest.raises(ModelError, match="add it with --convert"):
         into(store, folder)
     added = into(store, folder, convert=True)
+    assert yaml.safe_load(added.config)["dtype"] == "fp32"  # what is in the pickle
     model = ModelConfig(name="tiny", source="store", revision=added.revision, licence="apache-2.0", shape=None)
     base = models.pin(model, store)
     found = load_file(models.fetch(model, base, store) / "model.safetensors")
@@ -117,7 +121,7 @@ def test_pickles_are_refused_and_then_converted(folder: Path, store: FolderStore
     assert all(found[name].equal(tensors[name]) for name in tensors)
     assert models.read_manifest(store, base).source.endswith("converted from pickles")
     assert into(store, folder, convert=True).revision == added.revision  # the same bytes each time
-    assert not list(models.cache_folder().glob("convert-*"))
+    assert not [path for path in (models.cache_folder() / "converting").iterdir() if path.is_dir()]
 
 
 def test_a_model_of_another_store_keeps_its_pin_and_its_past(folder: Path, store: FolderStore, tmp_path: Path) -> None:
@@ -203,11 +207,11 @@ def test_a_hub_model_is_pinned_to_the_commit_that_is_newest_now(
         done = luthier("add", "me/tiny", "--store", store.url, "--config-out", str(config), "--json", **env)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["revision"] == COMMIT
-        gated = luthier("add", "me/gated", "--store", store.url, **env)
-        moved = luthier("add", "me/tiny", "--store", store.url, "--revision", "main", **env)
-    assert (gated.returncode, moved.returncode) == (2, 2)
+        gated = luthier("inspect", "me/gated", **env)
+    assert gated.returncode == 2
     assert "me/gated is gated: accept its licence" in gated.stderr
-    assert "'main' moves; pin the commit" in moved.stderr
+    with pytest.raises(ConfigError, match="'main' moves; pin the commit"):
+        into(store, "me/tiny", revision="main")
     assert yaml.safe_load(config.read_text())["source"] == "me/tiny"
     manifest = models.mirrored(store)[0]
     assert (manifest.name, manifest.revision, manifest.source) == ("tiny", COMMIT, f"me/tiny@{COMMIT}")
@@ -217,13 +221,55 @@ def test_a_hub_model_is_pinned_to_the_commit_that_is_newest_now(
     assert not list((tmp_path / "hf").rglob("mine.py"))  # not even fetched
 
 
+def test_a_hub_model_in_pickles_is_converted_and_served_from_the_store(
+    folder: Path, store: FolderStore, tmp_path: Path
+) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with hub(folder) as address:
+        env = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        command = ["add", "me/tiny", "--store", store.url, "--revision", COMMIT, "--json"]
+        refused = luthier(*command, **env)
+    with hub(folder, said="0" * 64) as other:
+        differs = luthier(*command, "--convert", **env | {"HF_ENDPOINT": other})
+    assert differs.returncode == 2
+    assert "pytorch_model.bin is not what the Hub has under that commit" in differs.stderr
+    with hub(folder) as address:
+        done = luthier(*command, "--convert", **env | {"HF_ENDPOINT": address})
+    assert refused.returncode == 2
+    assert "add it with --convert" in refused.stderr
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    config = yaml.safe_load(said["config"])
+    assert (config["source"], config["revision"]) == ("store", said["revision"])  # the Hub has not these bytes
+    assert said["revision"] != COMMIT
+    assert models.mirrored(store)[0].source == f"me/tiny@{COMMIT}, converted from pickles"
+
+
+def test_a_config_is_added_as_it_says(folder: Path, store: FolderStore, tmp_path: Path) -> None:
+    config = tmp_path / "tiny.yaml"
+    config.write_text(f"name: tiny\nsource: {folder}\nlicence: mit\n")
+    assert into(store, config, name=None).licence == "mit"
+    with pytest.raises(ConfigError, match="correct it there"):
+        into(store, config, name="else")
+    config.write_text("name: tiny\nsource: store\nlicence: mit\n")
+    with pytest.raises(ModelError, match="it is made there"):
+        into(store, config, name=None)
+
+
 def test_the_list_the_inspection_and_the_old_way_to_list(folder: Path, store: FolderStore) -> None:
     added = into(store, folder)
+
+    def ran(*arguments: str) -> Any:
+        return CliRunner().invoke(app, ["models", *arguments])
+
     for arguments in (["list"], []):
-        rows = json.loads(luthier(*arguments, "--store", store.url, "--json").stdout)
+        rows = json.loads(ran(*arguments, "--store", store.url, "--json").stdout)
         assert [(row["name"], row["revision"]) for row in rows] == [("tiny", added.revision)]
-    seen = luthier("inspect", "tiny", "--store", store.url, "--json")
-    assert seen.returncode == 0, seen.stderr
+    seen = ran("inspect", "tiny", "--store", store.url, "--json")
+    assert seen.exit_code == 0, seen.output
     assert json.loads(seen.stdout)["definition"]["family"] == "qwen3"
     (folder / "config.json").unlink()
-    assert luthier("inspect", str(folder)).returncode == 2
+    told = ran("inspect", str(folder))
+    assert told.exit_code == 2
+    assert "fault: definition" in told.stdout

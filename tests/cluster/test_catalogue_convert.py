@@ -204,6 +204,7 @@ LIES = {
     "no end": (tensor_pickle(0, (4,), (1,))[:-1], "no end"),
     "nothing on the stack": (b"\x80\x02R.", "damaged"),
     "not one mapping": (b"\x80\x02]\x8c\x01aa.", "state dict"),
+    "a bomb": (b"\x80\x02)" + b"q\x00h\x00\x86" * 99 + b")R.", "it calls"),  # 2 to the 99th empty tuples
     "a number": (b"\x80\x02}\x8c\x01aK\x01s.", "no tensor but int"),
 }
 

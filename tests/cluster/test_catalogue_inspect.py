@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cluster import models
-from cluster.catalogue import remote_code
+from cluster.catalogue import remote_code, tokenizer
 from cluster.catalogue.finding import Level
 from cluster.catalogue.inspection import Inspection, inspect
 from cluster.errors import ModelError
@@ -55,8 +55,8 @@ def test_a_whole_folder_is_explained_without_a_complaint(architecture: Architect
     assert (found.definition.context_tokens, found.definition.family) == (
         config.max_position_embeddings, config.model_type,
     )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(tiny_models[architecture])
-    assert (found.tokenizer.vocabulary, found.tokenizer.eos_id) == (len(tokenizer), tokenizer.eos_token_id)
+    theirs = AutoTokenizer.from_pretrained(tiny_models[architecture])
+    assert (found.tokenizer.vocabulary, found.tokenizer.eos_id) == (len(theirs), theirs.eos_token_id)
     assert found.tokenizer.renders
 
 
@@ -136,6 +136,10 @@ def write(file: str, text: str) -> Callable[[Path], None]:
 WRONG: dict[str, tuple[Callable[[Path], Any], Level, str, str]] = {
     "no config": (without("config.json"), Level.FAULT, "definition", "no config.json"),
     "no JSON": (write("config.json", "{"), Level.FAULT, "definition", "not valid JSON"),
+    "no object": (write("config.json", "[]"), Level.FAULT, "definition", "does not describe a decoder"),
+    "nested without end": (write("config.json", "[" * 99999), Level.FAULT, "definition", "not valid JSON"),
+    "sizes that are none": (edit("config.json", hidden_size="wide"), Level.FAULT, "definition", "that are none"),
+    "a tokenizer that is none": (write("tokenizer.json", '{"model": []}'), Level.FAULT, "tokenizer", "is none of"),
     "not a language model": (
         edit("config.json", architectures=["ViTModel"]), Level.FAULT, "definition", "no causal language model",
     ),
@@ -219,6 +223,13 @@ def test_what_is_wrong_is_found_and_said_with_its_way_out(wrong: str, folder: Pa
     assert found.is_usable == (level not in (Level.REFUSED, Level.FAULT))
     others = {each.part for each in found.findings if each.level in (Level.REFUSED, Level.FAULT)} - {part}
     assert not others, "one thing is wrong, and another part is blamed"
+
+
+def test_a_template_that_does_not_end_is_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = "{% for a in range(9999) %}"
+    (folder / "chat_template.jinja").write_text(loop * 4 + "{% endfor %}" * 4)
+    monkeypatch.setattr(tokenizer, "RENDER_S", 0.3)
+    assert ["it takes more than 0.3 s" in each.text for each in look(folder).findings] == [True]
 
 
 def test_generation_markers_are_seen_and_rendered_through(folder: Path) -> None:

@@ -82,7 +82,7 @@ def named(rejected: Judged) -> set[str]:
     return {reason if reason == rejected.model.unfit else reason.split()[0].rstrip(":") for reason in rejected.reasons}
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(tables, wishes, organisations)
 def test_what_is_suggested_fits_and_is_allowed_and_every_rejection_is_true(
     table: Table, wished: Wish, organisation: Organisation
@@ -106,7 +106,7 @@ def test_what_is_suggested_fits_and_is_allowed_and_every_rejection_is_true(
         assert all(found.best.model.speed_parameters <= model.speed_parameters for model in rivals)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(tables, wishes, st.integers(1, 100 * GIB))
 def test_more_memory_never_takes_a_model_away(table: Table, wished: Wish, more: int) -> None:
     def rejected(given_bytes: int) -> set[str]:
