@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.catalogue.cli import app as models
 from cluster.doctor.cli import app as doctor
 from cluster.errors import LuthierError
 from cluster.launch.cli import app as launch
@@ -37,6 +38,7 @@ app = typer.Typer(help="Clusters, and what the store holds.", no_args_is_help=Tr
 app.add_typer(launch)
 app.add_typer(doctor)
 app.add_typer(licences)
+app.add_typer(models)
 
 StoreUrl = Annotated[str, typer.Option("--store", help="s3://bucket/prefix or file:///folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -69,7 +71,7 @@ def adapters(
     as_json: AsJson = False,
 ) -> None:
     """List adapters and where their aliases point, or the versions of one."""
-    from cluster import registry
+    from cluster import evaluation, registry
     from cluster.errors import AdapterNotFound
     from cluster.store import open_existing
 
@@ -81,8 +83,12 @@ def adapters(
             raise AdapterNotFound(
                 f"no adapter {name} in {store}; adapters here: {', '.join(registry.names(opened)) or 'none'}"
             )
-        rows = [version.model_dump(mode="json") | {"base": version.base.name} for version in found]
-        show(rows, ("version", "digest", "base", "run_id", "step", "created_at"), as_json)
+        rows = [
+            version.model_dump(mode="json")
+            | {"base": version.base.name, "evaluation": evaluation.state(opened, version) or None}
+            for version in found
+        ]
+        show(rows, ("version", "digest", "base", "run_id", "step", "evaluation", "created_at"), as_json)
         return
     rows = []
     for adapter in registry.names(opened):
@@ -99,9 +105,15 @@ def alias(
     version: Annotated[int | None, typer.Option(help="the version that the alias shall point at")] = None,
     remove: Annotated[bool, typer.Option("--remove", help="remove the alias")] = False,
     why: Annotated[str, typer.Option(help="the reason, kept in the log")] = "",
+    override_gate: Annotated[
+        bool, typer.Option("--override-gate", help="to a version that has not passed its evaluation; needs --why")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Move an alias, or read the log of all its moves."""
+    """Move an alias, or read the log of all its moves.
+
+    A version that must pass an evaluation and has not is refused, unless the alias held it before.
+    """
     from cluster import registry
     from cluster.errors import AdapterNotFound, ConfigError, Fault
     from cluster.store import open_existing
@@ -115,50 +127,39 @@ def alias(
         history = [entry.model_dump(mode="json") for entry in registry.alias_history(opened, name)]
         if not history:
             raise AdapterNotFound(f"no aliases of {name} in {store}; adapters: {', '.join(registry.names(opened))}")
-        show(history, ("at", "by", "stable", "canary", "others", "why"), as_json)
+        show(history, ("at", "by", "stable", "canary", "others", "why", "overridden"), as_json)
         return
     if (version is None) != remove:
         raise ConfigError([Fault(f"alias {reference}", "", "give either --version N or --remove")])
-    entry = registry.set_alias(opened, name, chosen, version, why=why)
-    show([entry.model_dump(mode="json")], ("at", "by", "stable", "canary", "others", "why"), as_json)
+    entry = registry.set_alias(opened, name, chosen, version, why=why, override_gate=override_gate)
+    show([entry.model_dump(mode="json")], ("at", "by", "stable", "canary", "others", "why", "overridden"), as_json)
 
 
 @app.command()
-def models(store: StoreUrl, as_json: AsJson = False) -> None:
-    """List the base models that the store holds."""
-    from cluster.models import mirrored
+def promote(
+    reference: Annotated[str, typer.Argument(help="the version: name@7, or name@canary")],
+    store: StoreUrl,
+    alias: Annotated[str, typer.Option(help="the alias that shall point at it")] = "stable",
+    why: Annotated[str, typer.Option(help="the reason, kept in the log")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Move an alias to a version that has passed its evaluation, and print the report; refuse any other, and say why.
+
+    Stricter than `alias`: a version that must show nothing is refused too, unless somebody has evaluated it.
+    """
+    from cluster import evaluation, registry
     from cluster.store import open_existing
 
-    rows = [
-        {
-            "name": manifest.name,
-            "revision": manifest.revision,
-            "licence": manifest.licence,
-            "bytes": sum(file.size for file in manifest.files),
-            "source": manifest.source,
-            "created_at": manifest.created_at,
-        }
-        for manifest in mirrored(open_existing(store))
-    ]
-    show(rows, ("name", "revision", "licence", "bytes", "source", "created_at"), as_json)
-
-
-@app.command()
-def mirror(
-    config: Annotated[Path, typer.Argument(help="configs/models/NAME.yaml")],
-    store: StoreUrl,
-) -> None:
-    """Copy a base model into the store, for clusters without a hub. Prints its revision."""
-    from cluster.config import load
-    from cluster.licences.gate import Gate
-    from cluster.models import ModelConfig, from_hub
-    from cluster.models import mirror as mirror_model
-    from cluster.store import open_store
-
-    model = load(config, ModelConfig)
-    opened = open_store(store)
-    folder = from_hub(model) if model.is_hub else Path(model.source).expanduser()
-    print(mirror_model(model, folder, opened, made_from=Gate.here().of_model(model, folder)))
+    opened = open_existing(store)
+    record = registry.resolve(opened, reference)
+    report = evaluation.newest(opened, record)
+    if report and not as_json:
+        show(report.rows(), evaluation.ROW_COLUMNS)
+    entry = registry.promote(opened, record, report, alias, why)
+    if as_json and report:
+        print(json.dumps({"alias": entry.model_dump(mode="json"), "report": report.model_dump(mode="json")}))
+    else:
+        print(f"{record.name}@{alias} is version {record.version}")
 
 
 @app.command()

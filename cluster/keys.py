@@ -27,8 +27,12 @@ def models_prefix() -> str:
     return "models/"
 
 
+def datasets_prefix() -> str:
+    return "datasets/"
+
+
 def dataset_prefix(digest: str) -> str:
-    return f"datasets/{digest}/"
+    return f"{datasets_prefix()}{digest}/"
 
 
 def dataset_shard(digest: str, index: int) -> str:
@@ -37,6 +41,42 @@ def dataset_shard(digest: str, index: int) -> str:
 
 def dataset_manifest(digest: str) -> str:
     return f"{dataset_prefix(digest)}dataset.json"
+
+
+def prepared_sets_prefix() -> str:
+    return "prepared/"
+
+
+def prepared_prefix(digest: str) -> str:
+    """A set of rows that was checked and cleaned."""
+    return f"{prepared_sets_prefix()}{digest}/"
+
+
+def prepared_card(digest: str) -> str:
+    return f"{prepared_prefix(digest)}card.json"
+
+
+def prepared_check(digest: str) -> str:
+    """What a check found, where no rows were asked for."""
+    return f"{prepared_prefix(digest)}check.json"
+
+
+def prepared_rows(digest: str, split: str, index: int) -> str:
+    """Rows that stayed; `split` is rows, or evaluation."""
+    return f"{prepared_prefix(digest)}{split}-{index:05d}.jsonl"
+
+
+def prepared_parts_prefix(digest: str) -> str:
+    return f"{prepared_prefix(digest)}parts/"
+
+
+def prepared_part(digest: str, index: int) -> str:
+    """What was found in a part; written after its rows, and says that they are there."""
+    return f"{prepared_parts_prefix(digest)}{index:05d}.arrow"
+
+
+def prepared_part_rows(digest: str, index: int) -> str:
+    return f"{prepared_parts_prefix(digest)}{index:05d}.jsonl.zst"
 
 
 def runs_prefix() -> str:
@@ -118,6 +158,20 @@ def adapter_file(name: str, version: int, file: str) -> str:
 
 def adapter_record(name: str, version: int) -> str:
     return adapter_file(name, version, "record.json")
+
+
+def evaluations_prefix(name: str, version: int) -> str:
+    return f"{adapter_version_prefix(name, version)}evaluations/"
+
+
+def evaluation(name: str, version: int, number: int) -> str:
+    """A report on a version; the highest number is the newest."""
+    return f"{evaluations_prefix(name, version)}{number:08d}.json"
+
+
+def suite_file(sha256: str, suffix: str) -> str:
+    """A file of prompts that versions are evaluated by, under what it holds; `suffix` says how to read it."""
+    return f"suites/{sha256}{suffix}"
 
 
 def aliases_prefix(name: str) -> str:

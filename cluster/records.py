@@ -5,6 +5,7 @@ files belong to it with their sizes and SHA-256, so it is written last and is th
 """
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -75,6 +76,11 @@ def digest_of(files: Iterable[FileRecord]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def digest_of_value(value: Any) -> str:
+    """SHA-256 of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def fetch_files(store: Store, prefix: str, files: Iterable[FileRecord], folder: Path) -> None:
     """Download a record's files into `folder` and check each. Raises ObjectNotFound, ObjectDamaged."""
 
@@ -124,8 +130,80 @@ class LicenceRecord(Record):
     notice: str
 
 
+class BaseModelRef(Record):
+    """Which base an adapter belongs to: nothing else may serve it."""
+
+    name: str
+    revision: str
+    licence: str
+
+
+class CheckpointRef(Record):
+    """A committed checkpoint of a run."""
+
+    run_id: str
+    step: int
+
+
+class SourceFile(Record):
+    """A data file that a run read, under the name that its recipe has for it. `licence` is as declared, or `own`."""
+
+    use: Literal["train", "evaluation"]
+    name: str
+    size: int
+    sha256: str
+    licence: str | None = None
+
+
+class Digests(Record):
+    """What a run, and all that came of it, was made of: hex digests; None where there is no such thing.
+
+    `config` is of the resolved recipe, `code` of the program's files, `base` of the base's files (of one that the store
+    does not hold, its commit), `data` and `evaluation` name tokenised datasets, `sources` is of the data files' names
+    and contents, `prepared` of the set of checked rows, `licences` of how the run was judged, `checks` of
+    what the checks of the rows counted and left out, `parent` of the manifest of the checkpoint that it began from.
+    """
+
+    config: str
+    code: str
+    base: str
+    data: str
+    evaluation: str | None = None
+    sources: str | None = None
+    prepared: str | None = None
+    licences: str | None = None
+    checks: str | None = None
+    parent: str | None = None
+
+
+class AdapterRef(Record):
+    """One version of an adapter, and the digest of its weights."""
+
+    name: str
+    version: int
+    digest: str
+
+
+class Made(Record):
+    """How the weights in a folder came to be; `luthier.json` in what is exported, and in the manifest of such a model.
+
+    `kind` is what they are: an adapter, one merged into its base, or a model that was trained in full.
+    """
+
+    kind: Literal["adapter", "merged", "model"]
+    run_id: str
+    step: int | None = None
+    base: BaseModelRef
+    adapter: AdapterRef | None = None
+    digests: Digests | None = None
+    artefacts: tuple[Artefact, ...] = ()
+
+
 class ModelManifest(Record):
-    """A base model mirrored in the store. `artefacts` is what it was made from, as far as that is known."""
+    """A base model mirrored in the store. `artefacts` is what it was made from, as far as that is known.
+
+    `made` says how, of one that runs here have made.
+    """
 
     name: str
     revision: str
@@ -134,6 +212,7 @@ class ModelManifest(Record):
     files: tuple[FileRecord, ...]
     created_at: str
     artefacts: tuple[Artefact, ...] = ()
+    made: Made | None = None
 
     @property
     def chain(self) -> tuple[Artefact, ...]:
@@ -153,37 +232,86 @@ class DatasetManifest(Record):
     created_at: str
 
 
-class BaseModelRef(Record):
-    """Which base an adapter belongs to: nothing else may serve it."""
-
-    name: str
-    revision: str
-    licence: str
+Suite = Literal["loss", "answers", "regression", "safety"]
+"""What a version is measured by before an alias may point at it."""
 
 
-class CheckpointRef(Record):
-    """A committed checkpoint of a run."""
+class SuiteFile(Record):
+    """A file of prompts that is in the store under its SHA-256; `source` is what the recipe called it."""
 
-    run_id: str
-    step: int
+    suite: Suite
+    source: str
+    sha256: str
+
+    @property
+    def key(self) -> str:
+        return keys.suite_file(self.sha256, Path(self.source).suffix.lower())
+
+
+class Requirement(Record):
+    """What a version must show before an alias may point at it: all that decides the figures, and their thresholds.
+
+    `settings` is the recipe's section `evaluation`, `dataset` the digest of the tokenised held-out rows, `scorers` the
+    SHA-256 of each scorer's source file; `compares` says whether it is measured against the version in `stable` too.
+    `digest` covers the rest: another suite or threshold is another requirement.
+    """
+
+    digest: str
+    suites: tuple[Suite, ...]
+    settings: dict[str, Any]
+    compares: bool
+    dataset: str | None = None
+    files: tuple[SuiteFile, ...] = ()
+    scorers: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        suites: tuple[Suite, ...],
+        settings: dict[str, Any],
+        compares: bool = False,
+        dataset: str | None = None,
+        files: tuple[SuiteFile, ...] = (),
+        scorers: dict[str, str] | None = None,
+    ) -> "Requirement":
+        """With its digest."""
+        made = cls(
+            digest="",
+            suites=suites,
+            settings=settings,
+            compares=compares,
+            dataset=dataset,
+            files=files,
+            scorers=scorers or {},
+        )
+        described = json.dumps(made.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
+        return made.model_copy(update={"digest": hashlib.sha256(described.encode()).hexdigest()})
 
 
 class RunRecord(Record):
     """What a run was asked to do; written once, before anything is spent. Enough to go on with it anywhere.
 
-    `dataset` and `evaluation` are digests of tokenised datasets; `parent` is the checkpoint that its weights began as.
+    `dataset` and `evaluation` are digests of tokenised datasets, `prepared` that of the set of checked rows which they
+    were made from; `parent` is the checkpoint that its weights began as; `reproduces` the run that it repeats;
+    `gate` is what its result must show before an alias moves to it. Older records lack what follows `created_at`.
     """
 
     run_id: str
     recipe: dict[str, Any]
     dataset: str
     evaluation: str | None
+    prepared: str | None = None
     code_revision: str
     versions: dict[str, str]
     base: BaseModelRef
     parent: CheckpointRef | None = None
     licences: LicenceRecord | None = None
+    gate: Requirement | None = None
     created_at: str
+    by: str | None = None
+    sources: tuple[SourceFile, ...] = ()
+    digests: Digests | None = None
+    reproduces: str | None = None
 
 
 RunState = Literal["preparing", "running", "saving", "resuming", "succeeded", "failed", "stopped", "lost"]
@@ -275,7 +403,11 @@ class CheckpointManifest(Record):
 
 
 class AdapterRecord(Record):
-    """The commit of an adapter version. `artefacts` is what it was made from; older records have only their base."""
+    """The commit of an adapter version. `artefacts` is what it was made from; older records have only their base.
+
+    `parent` is the checkpoint that its weights began as; `gate` is what it must show before an alias may point at it:
+    without, every alias may.
+    """
 
     name: str
     version: int
@@ -287,6 +419,9 @@ class AdapterRecord(Record):
     metrics: dict[str, float] = Field(default_factory=dict)
     created_at: str
     artefacts: tuple[Artefact, ...] = ()
+    digests: Digests | None = None
+    parent: CheckpointRef | None = None
+    gate: Requirement | None = None
 
     @property
     def chain(self) -> tuple[Artefact, ...]:
@@ -302,7 +437,10 @@ class Canary(Record):
 
 
 class AliasEntry(Record):
-    """One entry of an adapter's alias log: the whole state after one change. The highest number holds."""
+    """One entry of an adapter's alias log: the whole state after one change. The highest number holds.
+
+    `overridden` is why the evaluation gate had refused this change, where somebody made it all the same.
+    """
 
     stable: int | None = None
     canary: Canary | None = None
@@ -310,3 +448,4 @@ class AliasEntry(Record):
     by: str
     why: str
     at: str
+    overridden: tuple[str, ...] = ()

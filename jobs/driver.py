@@ -1,26 +1,23 @@
 """A whole run, seen from the driver: each stage leaves a record that the next one reads.
 
-    resolve → plan → locate data → join Ray → pin the model → tokenise → run.json → train and publish → alias
-    resume: run.json → join Ray → train and publish → alias
+    resolve → plan → locate data → join Ray → pin the model → check data → tokenise → run.json
+    run.json → train and publish → evaluate → alias
+    resume: run.json → join Ray → train and publish → evaluate → alias
 
 Everything that can be wrong with what the person gave is found before run.json is written, and before any worker is
 taken. Torch is imported by the checks of model and tokenizer, never before a config is sound.
 """
 
 import json
-import secrets
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from cluster import __version__, keys, ledger, models, records, registry, secret
+from cluster import ledger, models, secret
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, InputError, LuthierError, RunFailed
 from cluster.licences.gate import Gate
@@ -31,12 +28,15 @@ from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord, RunRecor
 from cluster.session import joined
 from cluster.store import Store, open_store
 from cluster.who import submitter
-from jobs import dataset, limits, runs, terms
+from jobs import dataset, limits, run_record, runs, terms
 from jobs.attempts import Attempts
 from jobs.config import FullConfig, LoraConfig, Method, Recipe
+from jobs.data import prepare, prepared
+from jobs.data.card import Card
+from jobs.data.request import Files
 from jobs.plan import Plan, make_plan, shape_of
-
-VERSIONS = ("ray", "torch", "deepspeed", "transformers", "peft")
+from jobs.release import release
+from jobs.suites import Suites
 
 
 def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -54,18 +54,25 @@ def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     store = open_store(recipe.store)
     files = [dataset.locate_all(names, store, Path.cwd()) for names in (recipe.data.train, recipe.data.evaluation)]
     parent = runs.find_checkpoint(store, recipe.from_) if recipe.from_ else None
+    suites = Suites.locate(recipe.evaluation, store, Path.cwd()) if recipe.evaluation else None
     with joined(recipe.cluster, recipe.train.fewest, recipe.train.most, recipe.secrets):
-        record, shape = begin(recipe, files, parent, store, gate)
-        return _carry_out(record, recipe, shape, store, began)
+        record, shape = begin(recipe, files, parent, store, gate, suites)
+        return carry_out(record, recipe, shape, store, began)
 
 
 def begin(
-    recipe: Recipe, files: list[list[tuple[str, Path]]], parent: CheckpointRef | None, store: Store, gate: Gate
+    recipe: Recipe,
+    files: Sequence[Files],
+    parent: CheckpointRef | None,
+    store: Store,
+    gate: Gate,
+    suites: Suites | None = None,
 ) -> tuple[RunRecord, Shape]:
-    """Pin the model, tokenise, and write run.json: all that comes before a worker is taken.
+    """Pin the model, check the data, tokenise, and write run.json: all that comes before a worker is taken.
 
     Args:
         files: those to train on, and those to evaluate on.
+        suites: the prompts that the result is evaluated by.
     """
     begun = runs.find(store, parent.run_id).record if parent else None
     if begun:
@@ -73,17 +80,22 @@ def begin(
     base = models.pin(recipe.model, store, gate.of_model(recipe.model))
     if begun:
         _check_parent(recipe, base, begun)
-    _judge(recipe, base, begun, store, gate)  # before gigabytes are fetched
+    judge(recipe, base, begun, store, gate)  # before gigabytes are fetched
     folder = models.fetch(recipe.model, base, store)
-    licences = _judge(recipe, base, begun, store, gate, folder)
+    licences = judge(recipe, base, begun, store, gate, folder)
     for duty in licences.duties:
         say(f"licence: {duty}")
     shape = read_shape(folder)
     plan = make_plan(recipe, shape)
     _check_model(folder, recipe)
     say(summary(recipe, plan))
-    prepared = [_prepare(some, recipe, folder, store) for some in files if some]
-    record = _write_record(store, recipe, base, prepared, parent, licences)
+    card = _check_data(files, recipe, folder, store)
+    rows = prepared.fetch(card, store) if card else files
+    tokenised = [tokenise(some, recipe, folder, store) for some in rows if some]
+    required = suites.require(store, tokenised[1] if len(tokenised) > 1 else None) if suites else None
+    read = run_record.sources(recipe, files[0], files[1], licences)
+    checked = card.digest if card else None
+    record = run_record.write(store, recipe, base, tokenised, read, parent, licences, checked, required)
     say(f"run {record.run_id} in {store.url}")
     if not recipe.publish:
         say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
@@ -106,7 +118,7 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         still = "has succeeded: there is nothing to go on with" if found.state == "succeeded" else f"is {found.state}"
         wait = ", or is lost, which shows within a minute" if found.state != "succeeded" else ""
         raise InputError(f"run {run_id} {still}{wait}; `luthier jobs show {run_id} --store {url}` tells more")
-    recipe = _recipe_again(found.record, overrides)
+    recipe = recipe_again(found.record, overrides)
     limits.check(recipe)
     limits.check_left(run_id, recipe.limits, ledger.total(runs.ledger_entries(store, found.record)))
     secret.load(recipe.secrets)
@@ -114,7 +126,7 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         recipe = recipe.at(micro_batch=min(recipe.train.micro_batch, started[-1].micro_batch))
     record = found.record
     if record.licences is None:  # begun before licences were judged
-        record = record.model_copy(update={"licences": _judge(recipe, record.base, None, store, Gate.here())})
+        record = record.model_copy(update={"licences": judge(recipe, record.base, None, store, Gate.here())})
     with joined(recipe.cluster, recipe.train.fewest, recipe.train.most, recipe.secrets):
         folder = models.fetch(recipe.model, record.base, store)
         shape = read_shape(folder)
@@ -122,7 +134,7 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         runs.clear_stop_requests(store, run_id)
         runs.tell(store, run_id, f"resumed by {submitter()}; it was {found.state}", "resuming")
         say(f"run {run_id} in {store.url}")
-        return _carry_out(record, recipe, shape, store, began)
+        return carry_out(record, recipe, shape, store, began)
 
 
 RESUMABLE = (
@@ -133,16 +145,16 @@ RESUMABLE = (
 """What may change when a run goes on: where and how it computes and for how long, never what."""
 
 
-def _recipe_again(record: RunRecord, overrides: Sequence[str]) -> Recipe:
+def recipe_again(record: RunRecord, overrides: Sequence[str], changeable: Sequence[str] = RESUMABLE) -> Recipe:
     """The recipe that a run began with, with changes that leave its mathematics alone. Raises ConfigError."""
     faults = [
         Fault(
             f"command line `{override}`",
             "",
-            f"a run goes on as it began; only {', '.join(RESUMABLE)}, cluster and secrets may change",
+            f"a run goes on as it began; only {', '.join(changeable)}, cluster and secrets may change",
         )
         for override in overrides
-        if (key := override.partition("=")[0]) not in RESUMABLE and key.partition(".")[0] not in ("cluster", "secrets")
+        if (key := override.partition("=")[0]) not in changeable and key.partition(".")[0] not in ("cluster", "secrets")
     ]
     if faults:
         raise ConfigError(faults)
@@ -152,14 +164,14 @@ def _recipe_again(record: RunRecord, overrides: Sequence[str]) -> Recipe:
         return load(path, Recipe, overrides)
 
 
-def _carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Store, began: float) -> dict[str, Any]:
+def carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Store, began: float) -> dict[str, Any]:
     """Train and publish; whatever the end, the run's log tells it."""
     run_id = record.run_id
     store = PatientStore(plain_store.impatient(), recipe.checkpoint.store_patience_s)
     attempts = Attempts(record, recipe, shape, store, plain_store, began)
     try:
         result = attempts.run()
-        line = _conclude(run_id, recipe, result, store)
+        line = _conclude(record, recipe, result, store, plain_store)
     except (KeyboardInterrupt, SystemExit):  # Ray Train's handler of SIGINT ends its workers, then exits
         if attempts.is_replaced:
             raise RunFailed(f"run {run_id} goes on under another driver, so this one has ended") from None
@@ -170,15 +182,12 @@ def _carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Sto
         runs.tell(store, run_id, f"failed: {error}", "failed")
         raise
     published = f"published {line['adapter']}" if line["adapter"] else "nothing was published"
+    if line["promoted"] is False:
+        published += ", and not released"
     runs.tell(
         store, run_id, f"{line['state']} after {line['step']} steps; {published}", line["state"], step=line["step"]
     )
     return line
-
-
-def new_run_id(name: str) -> str:
-    """`<recipe>-<UTC time>-<random>`: sorted by time, unique without asking anybody."""
-    return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def summary(recipe: Recipe, plan: Plan) -> str:
@@ -212,7 +221,7 @@ def _check_parent(recipe: Recipe, base: BaseModelRef, parent: RunRecord) -> None
         raise ConfigError(faults)
 
 
-def _judge(
+def judge(
     recipe: Recipe,
     base: BaseModelRef,
     begun: RunRecord | None,
@@ -236,7 +245,22 @@ def _check_model(folder: Path, recipe: Recipe) -> None:
     check_targets(skeleton(folder), recipe.method)
 
 
-def _prepare(files: list[tuple[str, Path]], recipe: Recipe, folder: Path, store: Store) -> str:
+def _check_data(files: Sequence[Files], recipe: Recipe, folder: Path, store: Store) -> Card | None:
+    """The prepared set that data.rules ask for; None where the rows are taken as they are. Raises DataError."""
+    if recipe.data.rules is None:
+        return None
+    request, paths = prepared.request_of(recipe, files[0], files[1], folder)
+    card = prepare.prepare(request, paths, store)
+    for warning in card.warnings:
+        say(f"warning: {warning}")
+    say(
+        f"data: {card.before.rows:,} rows checked, {card.after.rows:,} to train on; what was found: "
+        f"`luthier jobs data card {card.digest[:12]} --store {store.url}`"
+    )
+    return card
+
+
+def tokenise(files: Files, recipe: Recipe, folder: Path, store: Store) -> str:
     manifest, faults = dataset.prepare(files, recipe.data, folder, store)
     for fault in faults[: dataset.EXAMPLES_SHOWN]:
         say(f"warning: left out {fault.place}: {fault.reason}")
@@ -248,62 +272,24 @@ def _prepare(files: list[tuple[str, Path]], recipe: Recipe, folder: Path, store:
     return manifest.digest
 
 
-def _write_record(
-    store: Store,
-    recipe: Recipe,
-    base: BaseModelRef,
-    prepared: list[str],
-    parent: CheckpointRef | None,
-    licences: LicenceRecord,
-) -> RunRecord:
-    record = RunRecord(
-        run_id=new_run_id(recipe.name),
-        recipe=recipe.model_dump(mode="json", by_alias=True),
-        dataset=prepared[0],
-        evaluation=prepared[1] if len(prepared) > 1 else None,
-        code_revision=_code_revision(),
-        versions={"luthier": __version__} | {name: version(name) for name in VERSIONS},
-        base=base,
-        parent=parent,
-        licences=licences,
-        created_at=records.now(),
-    )
-    store.create(keys.run_record(record.run_id), record.to_bytes())
-    return record
-
-
-def _code_revision() -> str:
-    """The git commit of the code, where it runs from a checkout; a shipped working directory has none."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return "unknown"
-    found = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
-def _conclude(run_id: str, recipe: Recipe, result: dict[str, Any], store: Store) -> dict[str, Any]:
-    """Move the alias, and put together the job's last line."""
+def _conclude(
+    record: RunRecord, recipe: Recipe, result: dict[str, Any], store: Store, plain_store: Store
+) -> dict[str, Any]:
+    """Release what was published, and put together the job's last line."""
     published = result["published"]
-    adapter = None
+    adapter = promoted = None
     if published and recipe.publish:
         adapter = f"{published['name']}@{published.get('version', published.get('revision'))}"
         say(f"published {adapter}")
-        if isinstance(recipe.method, LoraConfig) and recipe.publish.alias:
-            registry.set_alias(
-                store,
-                recipe.publish.name,
-                recipe.publish.alias,
-                published["version"],
-                by=submitter(),
-                why=f"published by run {run_id}",
-            )
-            say(f"alias {recipe.publish.name}@{recipe.publish.alias} is version {published['version']}")
+        if isinstance(recipe.method, LoraConfig):
+            promoted = release(record, recipe, published["name"], published["version"], store, plain_store)
     return {
-        "run_id": run_id,
+        "run_id": record.run_id,
         "state": result["state"],
         "step": result["step"],
         "metrics": result["metrics"],
         "checkpoint": result["checkpoint"],
         "adapter": adapter,
+        "promoted": promoted,
         "store": store.url,
     }

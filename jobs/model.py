@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from cluster.catalogue.remote_code import NO_CODE
 from cluster.errors import ModelError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -97,7 +98,7 @@ def load_model(folder: Path, dtype: str, loading: AbstractContextManager[object]
     try:
         with loading or nullcontext():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES[dtype], attn_implementation=ATTENTION, use_safetensors=True
+                folder, dtype=DTYPES[dtype], attn_implementation=ATTENTION, use_safetensors=True, **NO_CODE
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
@@ -112,7 +113,7 @@ def skeleton(folder: Path) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **NO_CODE))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} is not a causal language model that can be loaded: {error}") from error
     return model
@@ -121,7 +122,7 @@ def skeleton(folder: Path) -> PreTrainedModel:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder. Raises ModelError when it has none."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} has no tokenizer that can be loaded: {error}") from error
     return tokenizer

@@ -112,7 +112,7 @@ def test_an_unknown_model(run: Command, recipe: Path, tmp_path: Path) -> None:
     refused(run(recipe, "model.source=store"), "holds no model tiny-test; its models: none")
     refused(run(recipe, "model.source=owner/name"), "is a Hub id: pin it with revision")
     hub = run(recipe, "model.source=owner/name", f"model.revision={'a' * 40}")
-    refused(hub, "neither in the store nor reachable on the Hub", "luthier cluster mirror")
+    refused(hub, "neither in the store nor reachable on the Hub", "luthier cluster models add")
 
 
 def test_no_chat_template(run: Command, recipe: Path, tiny_models: TinyModels, tmp_path: Path) -> None:
