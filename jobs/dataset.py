@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -168,13 +169,9 @@ def tokenise_shard(
     store: Store,
 ) -> _ShardResult:
     """One Ray task: render and tokenise a chunk of rows, and write its shard to the store."""
-    from jobs.model import load_tokenizer
-
+    renderer = _renderer(tuple(sorted(tokenizer_files.items())), sequence_length, overlong)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for file, content in tokenizer_files.items():
-            (folder / file).write_bytes(content)
-        renderer = Renderer(load_tokenizer(folder), sequence_length, overlong)
         samples: list[Sample] = []
         faults: list[Fault] = []
         for place, row in rows:
@@ -195,6 +192,18 @@ def tokenise_shard(
     tokens = sum(len(sample.input_ids) for sample in samples)
     supervised = sum(sum(sample.supervised) for sample in samples)
     return _ShardResult(file_record, len(samples), tokens, supervised, faults)
+
+
+@lru_cache(maxsize=1)
+def _renderer(files: tuple[tuple[str, bytes], ...], sequence_length: int, overlong: Overlong) -> Renderer:
+    """Kept from one shard to the next: a worker does many, loading takes up to a second, and a tokenizer that has seen
+    some text has its words at hand."""
+    from jobs.model import load_tokenizer
+
+    with tempfile.TemporaryDirectory() as name:
+        for file, content in files:
+            (Path(name) / file).write_bytes(content)
+        return Renderer(load_tokenizer(Path(name)), sequence_length, overlong)
 
 
 def _table(samples: Sequence[Sample]) -> pa.Table:

@@ -40,6 +40,9 @@ def main() -> None:
         )
         return {"input_ids": encoded["input_ids"], "supervised": encoded["assistant_masks"]}
 
+    def fits(batch: list[list[int]]) -> list[bool]:
+        return [len(ids) <= length for ids in batch]
+
     def pack(batch: Columns) -> Columns:
         joined = {name: list(chain.from_iterable(column)) for name, column in batch.items()}
         total = len(joined["input_ids"])
@@ -52,7 +55,7 @@ def main() -> None:
         rows = datasets.load_dataset("json", data_files=given.rows, split="train", cache_dir=cache)
         started = time.process_time()
         samples = rows.map(tokenise, batched=True, remove_columns=rows.column_names)
-        samples = samples.filter(lambda batch: [len(ids) <= length for ids in batch], input_columns="input_ids", batched=True)
+        samples = samples.filter(fits, input_columns="input_ids", batched=True)
         packed = samples.map(pack, batched=True)
         cpu_s = time.process_time() - started
         figures = {
