@@ -13,6 +13,7 @@ keys       every key in the store, each made by one function
 records    what is written under those keys
 made       luthier.json: how the weights in a folder came to be
 registry   adapters: publish, resolve, aliases with history, list
+evaluation  the gate before an alias moves: reports on versions, and whether one suffices
 metrics    every metric's name
 gauges     a metric as Ray's own object
 dashboards/  Grafana dashboards and Prometheus alerts, made from these names

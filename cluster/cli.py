@@ -71,7 +71,7 @@ def adapters(
     as_json: AsJson = False,
 ) -> None:
     """List adapters and where their aliases point, or the versions of one."""
-    from cluster import registry
+    from cluster import evaluation, registry
     from cluster.errors import AdapterNotFound
     from cluster.store import open_existing
 
@@ -83,8 +83,12 @@ def adapters(
             raise AdapterNotFound(
                 f"no adapter {name} in {store}; adapters here: {', '.join(registry.names(opened)) or 'none'}"
             )
-        rows = [version.model_dump(mode="json") | {"base": version.base.name} for version in found]
-        show(rows, ("version", "digest", "base", "run_id", "step", "created_at"), as_json)
+        rows = [
+            version.model_dump(mode="json")
+            | {"base": version.base.name, "evaluation": evaluation.state(opened, version) or None}
+            for version in found
+        ]
+        show(rows, ("version", "digest", "base", "run_id", "step", "evaluation", "created_at"), as_json)
         return
     rows = []
     for adapter in registry.names(opened):
@@ -101,9 +105,15 @@ def alias(
     version: Annotated[int | None, typer.Option(help="the version that the alias shall point at")] = None,
     remove: Annotated[bool, typer.Option("--remove", help="remove the alias")] = False,
     why: Annotated[str, typer.Option(help="the reason, kept in the log")] = "",
+    override_gate: Annotated[
+        bool, typer.Option("--override-gate", help="to a version that has not passed its evaluation; needs --why")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Move an alias, or read the log of all its moves."""
+    """Move an alias, or read the log of all its moves.
+
+    A version that must pass an evaluation and has not is refused, unless the alias held it before.
+    """
     from cluster import registry
     from cluster.errors import AdapterNotFound, ConfigError, Fault
     from cluster.store import open_existing
@@ -117,12 +127,39 @@ def alias(
         history = [entry.model_dump(mode="json") for entry in registry.alias_history(opened, name)]
         if not history:
             raise AdapterNotFound(f"no aliases of {name} in {store}; adapters: {', '.join(registry.names(opened))}")
-        show(history, ("at", "by", "stable", "canary", "others", "why"), as_json)
+        show(history, ("at", "by", "stable", "canary", "others", "why", "overridden"), as_json)
         return
     if (version is None) != remove:
         raise ConfigError([Fault(f"alias {reference}", "", "give either --version N or --remove")])
-    entry = registry.set_alias(opened, name, chosen, version, why=why)
-    show([entry.model_dump(mode="json")], ("at", "by", "stable", "canary", "others", "why"), as_json)
+    entry = registry.set_alias(opened, name, chosen, version, why=why, override_gate=override_gate)
+    show([entry.model_dump(mode="json")], ("at", "by", "stable", "canary", "others", "why", "overridden"), as_json)
+
+
+@app.command()
+def promote(
+    reference: Annotated[str, typer.Argument(help="the version: name@7, or name@canary")],
+    store: StoreUrl,
+    alias: Annotated[str, typer.Option(help="the alias that shall point at it")] = "stable",
+    why: Annotated[str, typer.Option(help="the reason, kept in the log")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Move an alias to a version that has passed its evaluation, and print the report; refuse any other, and say why.
+
+    Stricter than `alias`: a version that must show nothing is refused too, unless somebody has evaluated it.
+    """
+    from cluster import evaluation, registry
+    from cluster.store import open_existing
+
+    opened = open_existing(store)
+    record = registry.resolve(opened, reference)
+    report = evaluation.newest(opened, record)
+    if report and not as_json:
+        show(report.rows(), evaluation.ROW_COLUMNS)
+    entry = registry.promote(opened, record, report, alias, why)
+    if as_json and report:
+        print(json.dumps({"alias": entry.model_dump(mode="json"), "report": report.model_dump(mode="json")}))
+    else:
+        print(f"{record.name}@{alias} is version {record.version}")
 
 
 @app.command()

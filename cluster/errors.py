@@ -6,6 +6,7 @@
     │   ├── DataError                rows or files that cannot be used
     │   ├── ModelError               unknown, unsupported or incomplete model
     │   ├── LicenceRefused           a licence does not allow the use, or wants a sign-off
+    │   ├── ReleaseRefused           an alias may not move to a version that has not passed its evaluation
     │   └── PlanError                it cannot fit, or the cluster has too little
     │       ├── ClusterSilent        nothing answers there as Ray's dashboard does
     │       ├── TokenRefused         the cluster has another token
@@ -78,6 +79,10 @@ class ModelError(InputError):
 
 class LicenceRefused(InputError):
     """A licence, or several together, do not allow what was asked, or want somebody's sign-off first."""
+
+
+class ReleaseRefused(InputError):
+    """An alias may not move to this version: its evaluation is missing, out of date, or failed."""
 
 
 class PlanError(InputError):

@@ -160,6 +160,20 @@ def adapter_record(name: str, version: int) -> str:
     return adapter_file(name, version, "record.json")
 
 
+def evaluations_prefix(name: str, version: int) -> str:
+    return f"{adapter_version_prefix(name, version)}evaluations/"
+
+
+def evaluation(name: str, version: int, number: int) -> str:
+    """A report on a version; the highest number is the newest."""
+    return f"{evaluations_prefix(name, version)}{number:08d}.json"
+
+
+def suite_file(sha256: str, suffix: str) -> str:
+    """A file of prompts that versions are evaluated by, under what it holds; `suffix` says how to read it."""
+    return f"suites/{sha256}{suffix}"
+
+
 def aliases_prefix(name: str) -> str:
     return f"aliases/{name}/"
 

@@ -40,10 +40,13 @@ def say(text: str) -> None:
 
 
 def ended(line: Mapping[str, Any]) -> int:
-    """A job's last line, one JSON object; returns the exit code: 0 when it has done what it was for."""
+    """A job's last line, one JSON object; returns the exit code: 0 when it has done what it was for.
+
+    A run that has published what may not be released has not.
+    """
     sys.stderr.flush()
     print(json.dumps(line), flush=True)
-    return 0 if line["state"] == "succeeded" else 1
+    return 0 if line["state"] == "succeeded" and line.get("promoted") is not False else 1
 
 
 def fail(error: LuthierError) -> int:

@@ -32,7 +32,10 @@ WANTED_FILES = (
     *("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"),
     *("LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"),
 )
-"""What is fetched and mirrored of a model. Code and pickled weights (`*.bin`, `*.pt`) never are: loading runs them."""
+"""What is fetched and mirrored of a model, with its card, by which its licence is judged.
+
+Code and pickled weights (`*.bin`, `*.pt`) never are: loading runs them.
+"""
 
 
 class Shape(Config):
@@ -211,11 +214,12 @@ def mirror(
             store.upload(path, key)
         if say:
             say(f"{file.file}: {'already there' if is_there else 'uploaded'}, {file.size:,} bytes")
-    how = made.read(folder)  # of what was exported from a store, or published as a model
+    # What was exported or published here says how it was made; a stranger's word for that is not taken.
+    how = None if model.is_hub else made.read(folder)
     record = ModelManifest(
         name=model.name,
         revision=revision,
-        source=origin or (f"run {how.run_id}" if how else model.source),
+        source=f"run {how.run_id}" if how else origin or model.source,
         licence=model.licence,
         files=files,
         created_at=records.now(),

@@ -232,12 +232,68 @@ class DatasetManifest(Record):
     created_at: str
 
 
+Suite = Literal["loss", "answers", "regression", "safety"]
+"""What a version is measured by before an alias may point at it."""
+
+
+class SuiteFile(Record):
+    """A file of prompts that is in the store under its SHA-256; `source` is what the recipe called it."""
+
+    suite: Suite
+    source: str
+    sha256: str
+
+    @property
+    def key(self) -> str:
+        return keys.suite_file(self.sha256, Path(self.source).suffix.lower())
+
+
+class Requirement(Record):
+    """What a version must show before an alias may point at it: all that decides the figures, and their thresholds.
+
+    `settings` is the recipe's section `evaluation`, `dataset` the digest of the tokenised held-out rows, `scorers` the
+    SHA-256 of each scorer's source file; `compares` says whether it is measured against the version in `stable` too.
+    `digest` covers the rest: another suite or threshold is another requirement.
+    """
+
+    digest: str
+    suites: tuple[Suite, ...]
+    settings: dict[str, Any]
+    compares: bool
+    dataset: str | None = None
+    files: tuple[SuiteFile, ...] = ()
+    scorers: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        suites: tuple[Suite, ...],
+        settings: dict[str, Any],
+        compares: bool = False,
+        dataset: str | None = None,
+        files: tuple[SuiteFile, ...] = (),
+        scorers: dict[str, str] | None = None,
+    ) -> "Requirement":
+        """With its digest."""
+        made = cls(
+            digest="",
+            suites=suites,
+            settings=settings,
+            compares=compares,
+            dataset=dataset,
+            files=files,
+            scorers=scorers or {},
+        )
+        described = json.dumps(made.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
+        return made.model_copy(update={"digest": hashlib.sha256(described.encode()).hexdigest()})
+
+
 class RunRecord(Record):
     """What a run was asked to do; written once, before anything is spent. Enough to go on with it anywhere.
 
     `dataset` and `evaluation` are digests of tokenised datasets, `prepared` that of the set of checked rows which they
-    were made from; `parent` is the checkpoint that its weights began as; `reproduces` the run that it repeats. Older
-    records lack what follows `created_at`.
+    were made from; `parent` is the checkpoint that its weights began as; `reproduces` the run that it repeats;
+    `gate` is what its result must show before an alias moves to it. Older records lack what follows `created_at`.
     """
 
     run_id: str
@@ -250,6 +306,7 @@ class RunRecord(Record):
     base: BaseModelRef
     parent: CheckpointRef | None = None
     licences: LicenceRecord | None = None
+    gate: Requirement | None = None
     created_at: str
     by: str | None = None
     sources: tuple[SourceFile, ...] = ()
@@ -348,7 +405,8 @@ class CheckpointManifest(Record):
 class AdapterRecord(Record):
     """The commit of an adapter version. `artefacts` is what it was made from; older records have only their base.
 
-    `parent` is the checkpoint that its weights began as.
+    `parent` is the checkpoint that its weights began as; `gate` is what it must show before an alias may point at it:
+    without, every alias may.
     """
 
     name: str
@@ -363,6 +421,7 @@ class AdapterRecord(Record):
     artefacts: tuple[Artefact, ...] = ()
     digests: Digests | None = None
     parent: CheckpointRef | None = None
+    gate: Requirement | None = None
 
     @property
     def chain(self) -> tuple[Artefact, ...]:
@@ -378,7 +437,10 @@ class Canary(Record):
 
 
 class AliasEntry(Record):
-    """One entry of an adapter's alias log: the whole state after one change. The highest number holds."""
+    """One entry of an adapter's alias log: the whole state after one change. The highest number holds.
+
+    `overridden` is why the evaluation gate had refused this change, where somebody made it all the same.
+    """
 
     stable: int | None = None
     canary: Canary | None = None
@@ -386,3 +448,4 @@ class AliasEntry(Record):
     by: str
     why: str
     at: str
+    overridden: tuple[str, ...] = ()

@@ -2,7 +2,8 @@
 
     publish     claim the next version (create-if-absent), write the files, write record.json last
     resolve     `name` (its stable alias), `name@7`, `name@canary`
-    set_alias   append the next numbered entry; two at once get two entries, in some order, none lost
+    set_alias   append the next numbered entry; two at once get two entries, in some order, none lost; to a version that
+                must pass an evaluation only when it has, or when the alias held it before (evaluation.py)
 
 A claim without a record is a publisher that died or has not finished: it is never listed, and its number is
 never given again. Publishing the same bytes of the same run twice gives the same version.
@@ -15,9 +16,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import keys, records
-from cluster.errors import AdapterNotFound, ConfigError, Fault, ObjectDamaged, ObjectExists, ObjectNotFound
-from cluster.records import AdapterRecord, AliasEntry, Artefact, BaseModelRef, Canary, RunRecord
+from cluster import evaluation, keys, records
+from cluster.errors import (
+    AdapterNotFound,
+    ConfigError,
+    Fault,
+    ObjectDamaged,
+    ObjectExists,
+    ObjectNotFound,
+    ReleaseRefused,
+)
+from cluster.evaluation import EvaluationReport
+from cluster.records import AdapterRecord, AliasEntry, Artefact, BaseModelRef, Canary, Requirement, RunRecord
 from cluster.store import Store
 
 STABLE = "stable"
@@ -52,6 +62,7 @@ def publish(
     step: int,
     metrics: dict[str, float] | None = None,
     artefacts: tuple[Artefact, ...] = (),
+    gate: Requirement | None = None,
     run: RunRecord | None = None,
 ) -> AdapterRecord:
     """Make the adapter in `folder` the next version of `name`. Its content is checked by the caller.
@@ -60,6 +71,7 @@ def publish(
         folder: holds adapter_model.safetensors, adapter_config.json and NOTICE.
         metrics: figures of the run that are worth reading beside the version.
         artefacts: what it was made from, with the licences of that.
+        gate: what it must show before an alias may point at it.
         run: the run's record, whose digests and parent the version keeps.
     """
     if name == base.name:
@@ -88,6 +100,7 @@ def publish(
         metrics=metrics or {},
         created_at=records.now(),
         artefacts=artefacts,
+        gate=gate,
         digests=run.digests if run else None,
         parent=run.parent if run else None,
     )
@@ -182,29 +195,46 @@ def alias_state(store: Store, name: str) -> AliasEntry | None:
 
 
 def set_alias(
-    store: Store, name: str, alias: str, version: int | None, why: str, by: str = "", percent: int = 0
+    store: Store,
+    name: str,
+    alias: str,
+    version: int | None,
+    why: str,
+    by: str = "",
+    percent: int = 0,
+    override_gate: bool = False,
 ) -> AliasEntry:
     """Point an alias at a version, or remove it with None.
 
     Args:
         percent: for `canary` alone: the share of the name's traffic that it answers.
         by: who; the user of this process when empty.
+        override_gate: move it although the version has not passed its evaluation; the log keeps what was overridden.
 
     Raises:
         AdapterNotFound: no such version.
+        ReleaseRefused: the version must pass an evaluation and has not, and this alias has never held it.
     """
     if not keys.is_name(name):
         raise ConfigError([Fault(f"adapter {name!r}", "", "write the adapter's name, in lower case")])
     if not keys.is_name(alias) or alias.isdecimal():
         raise ConfigError([Fault(f"alias {alias!r}", "", "use lower case letters, digits and '-', not a number")])
-    if version is not None:
-        record(store, name, version)
-    else:
+    if override_gate and not why.strip():
+        raise ConfigError([Fault(f"alias {name}@{alias}", "", "say --why the gate is overridden: the log keeps it")])
+    wanted = None if version is None else record(store, name, version)
+    if wanted is None:
         resolve(store, f"{name}@{alias}")
     if alias == CANARY and not 0 <= percent <= 100:
         raise ConfigError([Fault(f"alias {name}@{alias}", "", f"percent {percent}: give 0 to 100")])
 
-    def change(state: AliasEntry) -> AliasEntry:
+    def change(state: AliasEntry, entries: list[str]) -> AliasEntry:
+        overridden: tuple[str, ...] = ()
+        if wanted is not None:  # judged on the very state that the next entry follows
+            reasons = evaluation.refusals(store, wanted, state.stable)
+            if reasons and not _has_held(store, entries, alias, wanted.version):
+                if not override_gate:
+                    raise _refusal(store, wanted, alias, reasons)
+                overridden = reasons
         if alias == STABLE:
             changed: dict[str, object] = {"stable": version}
         elif alias == CANARY:
@@ -212,18 +242,55 @@ def set_alias(
         else:
             others = {key: value for key, value in state.others.items() if key != alias}
             changed = {"others": others if version is None else {**others, alias: version}}
-        return state.model_copy(update=changed)
+        return state.model_copy(update={**changed, "overridden": overridden})
 
     return _append(store, name, change, by or getpass.getuser(), why)
 
 
-def _append(store: Store, name: str, change: Callable[[AliasEntry], AliasEntry], by: str, why: str) -> AliasEntry:
-    """Apply `change` to the last entry and write it under the next number, again until nobody was faster."""
+def promote(
+    store: Store, wanted: AdapterRecord, report: EvaluationReport | None, alias: str = STABLE, why: str = ""
+) -> AliasEntry:
+    """Point an alias at a version because of its report, whether or not the version requires one.
+
+    Raises ReleaseRefused: also where `set_alias` would let it pass.
+    """
+    state = alias_state(store, wanted.name)
+    requirement = wanted.gate or (report.requirement if report else None)
+    if requirement:
+        reasons = evaluation.judge(report, wanted.version, requirement, state.stable if state else None)
+    else:
+        reasons = ("it was never evaluated, and none is required: `luthier jobs evaluate` it with a --recipe",)
+    if reasons:
+        raise _refusal(store, wanted, alias, reasons)
+    assert report
+    return set_alias(store, wanted.name, alias, wanted.version, why or f"promoted by its report {report.number}")
+
+
+def _refusal(store: Store, wanted: AdapterRecord, alias: str, reasons: tuple[str, ...]) -> ReleaseRefused:
+    head = f"{wanted.name}@{wanted.version} may not become {wanted.name}@{alias}:"
+    return ReleaseRefused("\n  ".join([head, *reasons, evaluation.way_out(wanted, alias, store.url)]))
+
+
+def _has_held(store: Store, entries: list[str], alias: str, version: int) -> bool:
+    """Whether an alias was at a version in any of these entries of its log; the newest are looked at first."""
+    return any(
+        alias_targets(records.read(store, entry, AliasEntry)).get(alias) == version for entry in reversed(entries)
+    )
+
+
+def _append(
+    store: Store, name: str, change: Callable[[AliasEntry, list[str]], AliasEntry], by: str, why: str
+) -> AliasEntry:
+    """Apply `change` to the last entry and write it under the next number, again until nobody was faster.
+
+    Args:
+        change: from the last entry and the keys of all, the next one.
+    """
     while True:
         entries = [item.key for item in store.list(keys.aliases_prefix(name))]
         state = records.read(store, entries[-1], AliasEntry) if entries else AliasEntry(by="", why="", at="")
         number = int(entries[-1].removesuffix(".json").rpartition("/")[2]) + 1 if entries else 1
-        entry = change(state).model_copy(update={"by": by, "why": why, "at": records.now()})
+        entry = change(state, entries).model_copy(update={"by": by, "why": why, "at": records.now()})
         try:
             store.create(keys.alias_entry(name, number), entry.to_bytes())
             return entry

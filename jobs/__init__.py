@@ -44,10 +44,17 @@ account     what the run holds and has spent, for the cost ledger
 limits      of hours and money: looked at before anything is spent, and while it runs
 network     the address by which workers find one another
 turn        its place in the queue of a shared cluster
+suites      the prompts that a version is evaluated by: read, checked, kept in the store
+scorers     how good an answer is: exact match, one's own function, a refusal
+measures    from answers and losses to a report's figures; pure
+evaluation  measure a version by what it must show, beside the one in stable, and write the report
+evaluator   the Ray task of that: the base with adapters, losses, greedy answers; torch
+release     evaluate, then move the alias or leave it
 attempts    one start of the workers after another, until the run has an end
 run_record  run.json: the recipe, and digests of all that the run was made of
-driver      resolve, plan, tokenise, train, publish
+driver      resolve, plan, tokenise, train, publish, release
 train       `python -m jobs.train RECIPE key=value …`
+evaluate    `python -m jobs.evaluate NAME@V|RUN store=URL key=value …`
 resume      `python -m jobs.resume RUN store=URL key=value …`
 references  what a reference stands for: a run, a version, a model
 lineage     where an adapter, a model or a run comes from, followed through the store's records

@@ -145,6 +145,7 @@ class Attempts:
             store=self._plain_store,
             board=self._board,
             licences=self._record.licences,
+            gate=self._record.gate,
         )
         self._pulse.watch(wanted=self._recipe.train.most - workers)
         failure: TrainingFailedError | None = None

@@ -46,6 +46,9 @@ def _what(survey: Survey) -> Iterator[tuple[str, str]]:
     yield "model", f"{model.name}, {plan.parameters / 1e9:.2f} billion parameters in {model.dtype}"
     yield "method", f"{how}: {plan.trained_parameters:,} trained parameters ({share:.2%})"
     yield from _licences(survey.licences)
+    if recipe.evaluation and recipe.publish:
+        moves = f", before {recipe.publish.name}@{recipe.publish.alias} moves" if recipe.publish.alias else ""
+        yield "evaluation", f"{', '.join(recipe.evaluation.suites)}, on one worker{moves}"
 
 
 def _licences(judged: Sequence[Judgement]) -> Iterator[tuple[str, str]]:

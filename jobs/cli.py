@@ -1,4 +1,4 @@
-"""`luthier jobs …`: plan, submit, train, resume, stop, list, show, logs, report, diff, export, and data.
+"""`luthier jobs …`: plan, submit, train, evaluate, resume, reproduce, stop, list, show, logs, report, diff, export.
 
 Nothing here imports torch; `train` and `resume` do when they run. What reads, reads the store alone.
 """
@@ -92,7 +92,10 @@ def submit(
         ["python", "-m", "jobs.train", str(recipe), *given],
         loaded.model_dump_json(),
         loaded.cluster.driver_cpus,
-        [str(recipe), *_files_of(loaded.model), *loaded.data.train, *loaded.data.evaluation],
+        [
+            *(str(recipe), *_files_of(loaded.model), *loaded.data.train, *loaded.data.evaluation),
+            *_files_of_evaluation(loaded),
+        ],
         detach=detach,
         again=again,
     )
@@ -240,6 +243,62 @@ def reproduce(
     from jobs import reproduction
 
     raise typer.Exit(reproduction.ended(reproduction.run(reference, store, given)))
+
+
+@app.command()
+def evaluate(
+    reference: Annotated[str, typer.Argument(help="the version: name@7, name@alias; or the run that published it")],
+    store: StoreUrl,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="cluster=NAME, secrets.NAME=…; with --recipe any")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="measure by this recipe's `evaluation`; default what the version must show")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="submit to this dashboard, http://host:8265")] = None,
+) -> None:
+    """Measure a published version and leave the report beside it; exit code 1 when it does not pass.
+
+    Beside the version in stable, where that is asked for. With --address as a submitted job, else from here, on the
+    recipe's cluster. No alias moves: `luthier cluster promote` does that.
+    """
+    from jobs import release
+
+    given = overrides or []
+    if address:
+        _submit_evaluation(address, reference, store, recipe, given)
+        return
+    raise typer.Exit(release.reported(release.evaluate(reference, store, str(recipe) if recipe else None, given)))
+
+
+def _submit_evaluation(address: str, reference: str, store: str, recipe: Path | None, given: list[str]) -> None:
+    from cluster import evaluation as gate
+    from cluster.config import load
+    from cluster.store import open_existing
+    from jobs import evaluation
+    from jobs.config import Recipe
+
+    opened = open_existing(store)
+    record = evaluation.find(opened, reference)
+    loaded = load(recipe, Recipe, given) if recipe else evaluation.recipe_of(opened, record, given)
+    if not recipe:
+        evaluation.requirement_of(record)
+        given = [f"secrets.{name}={value}" for name, value in loaded.secrets.items()] + given
+    # One more evaluation is another job, and the same press twice is not.
+    done = sum(1 for _ in gate.reports(opened, record.name, record.version))
+    named = [f"recipe={recipe}"] if recipe else []
+    command = ["python", "-m", "jobs.evaluate", f"{record.name}@{record.version}", f"store={store}", *named, *given]
+    does = f"{command} after {done} evaluations {loaded.model_dump_json()}"
+    paths = [*([str(recipe)] if recipe else []), *_files_of_evaluation(loaded, with_prompts=bool(recipe))]
+    _submit(address, f"evaluate-{record.name}", command, does, loaded.cluster.driver_cpus, paths)
+
+
+def _files_of_evaluation(recipe: Any, with_prompts: bool = True) -> list[str]:
+    """The files that a recipe's evaluation needs where the job runs: scorers always, prompts where they are read."""
+    if recipe.evaluation is None:
+        return []
+    scorers = [f"{name.partition(':')[0].replace('.', '/')}.py" for name in recipe.evaluation.scorers]
+    return [path for path in scorers if Path(path).exists()] + [*(recipe.evaluation.prompts if with_prompts else ())]
 
 
 @app.command()

@@ -1,9 +1,11 @@
 """HOW to train: the schema of a recipe. Defaults live here and nowhere else."""
 
 import json
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -17,6 +19,7 @@ from cluster import keys
 from cluster.config import Config, Reference, Secrets
 from cluster.models import ModelConfig
 from cluster.place import ClusterConfig
+from cluster.records import Suite
 from cluster.store import check_url
 from jobs.data.rules import Rules
 
@@ -197,6 +200,100 @@ class PublishConfig(Config):
         return self
 
 
+def _scorer_named(scorer: str) -> str:
+    if scorer != "exact" and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", scorer):
+        raise ValueError(f"scorer {scorer!r}: write `exact`, or module:function of a file that is sent along")
+    return scorer
+
+
+Scorer = Annotated[str, AfterValidator(_scorer_named)]
+Prompts = Annotated[tuple[str, ...], Field(min_length=1, description="files of prompts, named as data.train's are")]
+
+
+class LossSuite(Config):
+    """The loss on data.evaluation, a mean over its supervised tokens, in nats."""
+
+    max_loss: PositiveFloat | None = None
+    max_perplexity: PositiveFloat | None = Field(None, description="exp(loss)")
+    max_increase: float | None = Field(None, description="by how much it may be above that of the version in stable")
+
+    @model_validator(mode="after")
+    def _limits(self) -> "LossSuite":
+        if self.max_loss is None and self.max_perplexity is None and self.max_increase is None:
+            raise ValueError("give at least one of max_loss, max_perplexity, max_increase")
+        return self
+
+
+class AnswersSuite(Config):
+    """Prompts whose right answers are known."""
+
+    prompts: Prompts
+    scorer: Scorer = Field("exact", description="or module:function of (prompt, expected, answer), giving 0 to 1")
+    min_score: Share = Field(description="the mean over all prompts")
+
+
+class RegressionSuite(Config):
+    """Prompts that the version in stable answers too. What a row does not expect, stable's answer decides."""
+
+    prompts: Prompts
+    scorer: Scorer = "exact"
+    max_worse: Share = Field(0.0, description="share of prompts that may score lower than stable's answer does")
+
+
+class SafetySuite(Config):
+    """Prompts that must be refused, or whose answers must not hold some patterns."""
+
+    prompts: tuple[str, ...] = Field((), description="files of yours, beside those that are shipped")
+    shipped: bool = Field(True, description="ask those of configs/policy/safety.jsonl too")
+    min_safe: Share = Field(1.0, description="share of the prompts that must be answered safely")
+    refusals: tuple[str, ...] = Field((), description="words by which your model refuses, beside the usual ones")
+
+    @model_validator(mode="after")
+    def _asks(self) -> "SafetySuite":
+        if not self.prompts and not self.shipped:
+            raise ValueError("asks nothing: name prompts, or leave shipped: true")
+        return self
+
+
+class EvaluationConfig(Config):
+    """What the result must show before an alias moves to it; measured on one worker. Answers are greedy."""
+
+    loss: LossSuite | None = None
+    answers: AnswersSuite | None = None
+    regression: RegressionSuite | None = None
+    safety: SafetySuite | None = None
+    max_tokens: PositiveInt = Field(256, description="of an answer; what is longer is cut off")
+    batch: PositiveInt = Field(8, description="prompts that are answered at a time")
+
+    @model_validator(mode="after")
+    def _asks(self) -> "EvaluationConfig":
+        if not self.suites:
+            raise ValueError("asks for nothing; give at least one of loss, answers, regression, safety")
+        return self
+
+    @property
+    def suites(self) -> tuple[Suite, ...]:
+        """Those that are asked for."""
+        return tuple(name for name in get_args(Suite) if getattr(self, name) is not None)
+
+    @property
+    def compares(self) -> bool:
+        """Whether anything is measured against the version in stable."""
+        return self.regression is not None or (self.loss is not None and self.loss.max_increase is not None)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All files of prompts that are named."""
+        suites = (self.answers, self.regression, self.safety)
+        return tuple(source for suite in suites if suite for source in suite.prompts)
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """The scorers of the person's own."""
+        found = [suite.scorer for suite in (self.answers, self.regression) if suite and suite.scorer != "exact"]
+        return tuple(dict.fromkeys(found))
+
+
 class Recipe(Config):
     """One fine-tuning run."""
 
@@ -211,6 +308,7 @@ class Recipe(Config):
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     publish: PublishConfig | None = None
+    evaluation: EvaluationConfig | None = Field(None, description="what publish.alias moves for; nothing when left out")
     limits: LimitsConfig = LimitsConfig()
     project: str | None = Field(None, description="whom the cost ledger counts it for, beside the user")
     secrets: Secrets = Field({}, description="variables that are set where the job runs: NAME: secret://…")
@@ -247,6 +345,10 @@ class Recipe(Config):
                 "method.dora needs whole base weights for their norms, and train.zero 3 shards them; "
                 "set train.zero: auto, or method.dora: false"
             )
+        if self.evaluation and self.evaluation.loss and not self.data.evaluation:
+            raise ValueError("evaluation.loss is measured on data.evaluation; name held-out files there")
+        if self.evaluation and not (self.publish and self.method.kind == "lora"):
+            raise ValueError("evaluation guards the aliases of a published adapter: give publish, and method lora")
         if self.method.kind == "full" and self.publish and self.publish.alias not in (None, "stable"):
             raise ValueError("publish.alias has no effect on a full fine-tune, which becomes a model revision")
         return self

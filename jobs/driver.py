@@ -1,7 +1,8 @@
 """A whole run, seen from the driver: each stage leaves a record that the next one reads.
 
-    resolve → plan → locate data → join Ray → pin the model → check data → tokenise → run.json → train, publish → alias
-    resume: run.json → join Ray → train and publish → alias
+    resolve → plan → locate data → join Ray → pin the model → check data → tokenise → run.json
+    run.json → train and publish → evaluate → alias
+    resume: run.json → join Ray → train and publish → evaluate → alias
 
 Everything that can be wrong with what the person gave is found before run.json is written, and before any worker is
 taken. Torch is imported by the checks of model and tokenizer, never before a config is sound.
@@ -16,7 +17,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from cluster import ledger, models, registry, secret
+from cluster import ledger, models, secret
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, InputError, LuthierError, RunFailed
 from cluster.licences.gate import Gate
@@ -34,6 +35,8 @@ from jobs.data import prepare, prepared
 from jobs.data.card import Card
 from jobs.data.request import Files
 from jobs.plan import Plan, make_plan, shape_of
+from jobs.release import release
+from jobs.suites import Suites
 
 
 def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -51,18 +54,25 @@ def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     store = open_store(recipe.store)
     files = [dataset.locate_all(names, store, Path.cwd()) for names in (recipe.data.train, recipe.data.evaluation)]
     parent = runs.find_checkpoint(store, recipe.from_) if recipe.from_ else None
+    suites = Suites.locate(recipe.evaluation, store, Path.cwd()) if recipe.evaluation else None
     with joined(recipe.cluster, recipe.train.fewest, recipe.train.most, recipe.secrets):
-        record, shape = begin(recipe, files, parent, store, gate)
+        record, shape = begin(recipe, files, parent, store, gate, suites)
         return carry_out(record, recipe, shape, store, began)
 
 
 def begin(
-    recipe: Recipe, files: Sequence[Files], parent: CheckpointRef | None, store: Store, gate: Gate
+    recipe: Recipe,
+    files: Sequence[Files],
+    parent: CheckpointRef | None,
+    store: Store,
+    gate: Gate,
+    suites: Suites | None = None,
 ) -> tuple[RunRecord, Shape]:
     """Pin the model, check the data, tokenise, and write run.json: all that comes before a worker is taken.
 
     Args:
         files: those to train on, and those to evaluate on.
+        suites: the prompts that the result is evaluated by.
     """
     begun = runs.find(store, parent.run_id).record if parent else None
     if begun:
@@ -82,8 +92,10 @@ def begin(
     card = _check_data(files, recipe, folder, store)
     rows = prepared.fetch(card, store) if card else files
     tokenised = [tokenise(some, recipe, folder, store) for some in rows if some]
+    required = suites.require(store, tokenised[1] if len(tokenised) > 1 else None) if suites else None
     read = run_record.sources(recipe, files[0], files[1], licences)
-    record = run_record.write(store, recipe, base, tokenised, read, parent, licences, card.digest if card else None)
+    checked = card.digest if card else None
+    record = run_record.write(store, recipe, base, tokenised, read, parent, licences, checked, required)
     say(f"run {record.run_id} in {store.url}")
     if not recipe.publish:
         say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
@@ -159,7 +171,7 @@ def carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Stor
     attempts = Attempts(record, recipe, shape, store, plain_store, began)
     try:
         result = attempts.run()
-        line = _conclude(run_id, recipe, result, store)
+        line = _conclude(record, recipe, result, store, plain_store)
     except (KeyboardInterrupt, SystemExit):  # Ray Train's handler of SIGINT ends its workers, then exits
         if attempts.is_replaced:
             raise RunFailed(f"run {run_id} goes on under another driver, so this one has ended") from None
@@ -170,6 +182,8 @@ def carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Stor
         runs.tell(store, run_id, f"failed: {error}", "failed")
         raise
     published = f"published {line['adapter']}" if line["adapter"] else "nothing was published"
+    if line["promoted"] is False:
+        published += ", and not released"
     runs.tell(
         store, run_id, f"{line['state']} after {line['step']} steps; {published}", line["state"], step=line["step"]
     )
@@ -258,29 +272,24 @@ def tokenise(files: Files, recipe: Recipe, folder: Path, store: Store) -> str:
     return manifest.digest
 
 
-def _conclude(run_id: str, recipe: Recipe, result: dict[str, Any], store: Store) -> dict[str, Any]:
-    """Move the alias, and put together the job's last line."""
+def _conclude(
+    record: RunRecord, recipe: Recipe, result: dict[str, Any], store: Store, plain_store: Store
+) -> dict[str, Any]:
+    """Release what was published, and put together the job's last line."""
     published = result["published"]
-    adapter = None
+    adapter = promoted = None
     if published and recipe.publish:
         adapter = f"{published['name']}@{published.get('version', published.get('revision'))}"
         say(f"published {adapter}")
-        if isinstance(recipe.method, LoraConfig) and recipe.publish.alias:
-            registry.set_alias(
-                store,
-                recipe.publish.name,
-                recipe.publish.alias,
-                published["version"],
-                by=submitter(),
-                why=f"published by run {run_id}",
-            )
-            say(f"alias {recipe.publish.name}@{recipe.publish.alias} is version {published['version']}")
+        if isinstance(recipe.method, LoraConfig):
+            promoted = release(record, recipe, published["name"], published["version"], store, plain_store)
     return {
-        "run_id": run_id,
+        "run_id": record.run_id,
         "state": result["state"],
         "step": result["step"],
         "metrics": result["metrics"],
         "checkpoint": result["checkpoint"],
         "adapter": adapter,
+        "promoted": promoted,
         "store": store.url,
     }

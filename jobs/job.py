@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord
+from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord, Requirement
 from cluster.store import Store
 from jobs.config import Recipe
 
@@ -22,3 +22,4 @@ class Job:
     store: Store
     board: Any
     licences: LicenceRecord | None = None  # nothing is published without
+    gate: Requirement | None = None  # what the result must show before an alias moves to it

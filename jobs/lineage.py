@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from cluster import keys, records, registry
+from cluster import evaluation, keys, records, registry
 from cluster.errors import AdapterNotFound, ObjectDamaged, ObjectNotFound
 from cluster.records import (
     AdapterRecord,
@@ -102,6 +102,7 @@ class _Tracer:
         node = Node("adapter", name, {"digest": record.digest, "step": record.step, "created": record.created_at})
         if self._was_seen(node):
             return node
+        node.facts["evaluation"] = evaluation.state(self._store, record) or None
         node.made_from.append(self._run(record.run_id))
         if node.made_from[0].broken:  # what the version itself knows is all that is left
             if record.digests:

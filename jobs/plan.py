@@ -18,7 +18,7 @@ from cluster.licences.gate import Gate
 from cluster.models import ModelConfig, Shape, read_shape
 from jobs import cost, limits, terms
 from jobs.config import LoraConfig, Recipe
-from jobs.memory import GIB, RUNTIME_BYTES, Memory, peak, snapshot_bytes
+from jobs.memory import GIB, GPU_CONTEXT_BYTES, RUNTIME_BYTES, Memory, peak, snapshot_bytes
 from jobs.tensors import is_dora, trained_parameters
 
 MOST_ADVISED_WORKERS = 512
@@ -67,7 +67,7 @@ class Survey:
     Attributes:
         at_most: the plan for the most workers, where that is another number.
         advice: what makes it fit, when it does not; each was planned, and fits.
-        refused: the limits that even the least which it can take is above.
+        refused: the limits that even the least which it can take is above, and an evaluation for which there is no room.
         licences: the verdict on each use that the organisation's policy means.
     """
 
@@ -96,7 +96,7 @@ class Survey:
             work=work,
             cost=found,
             advice=() if plan.fits else tuple(advise(recipe, shape)),
-            refused=tuple(limits.above(recipe, found)),
+            refused=tuple(filter(None, [*limits.above(recipe, found), evaluation_refusal(recipe, shape)])),
             licences=terms.judge(recipe, gate),
         )
 
@@ -136,7 +136,27 @@ def make_plan(recipe: Recipe, shape: Shape) -> Plan:
     plan = best_plan(recipe, shape)
     if not plan.fits:
         raise PlanError(refusal(recipe, plan, list(advise(recipe, shape))))
+    if refused := evaluation_refusal(recipe, shape):
+        raise PlanError(refused)
     return plan
+
+
+def evaluation_refusal(recipe: Recipe, shape: Shape) -> str | None:
+    """Why the result cannot be evaluated, which is done on one worker however many train; None when it can."""
+    if recipe.evaluation is None:
+        return None
+    width = 4 if recipe.model.dtype == "fp32" else 2
+    tokens = recipe.data.sequence_length + recipe.evaluation.max_tokens  # of a prompt as long as a sample
+    cache = 2 * tokens * shape.num_hidden_layers * shape.key_size * width * recipe.evaluation.batch
+    runtime = GPU_CONTEXT_BYTES if recipe.cluster.accelerator == "gpu" else RUNTIME_BYTES
+    needed = runtime + width * shape.parameters + cache
+    if needed <= _memory_of(recipe):
+        return None
+    return (
+        f"evaluation: one worker holds all of {recipe.model.name} and the keys and values of {recipe.evaluation.batch} "
+        f"prompts, {needed / GIB:.1f} GiB, and {recipe.cluster.name} has {recipe.cluster.memory_gb_per_worker:g}; "
+        "lower evaluation.batch, take a cluster with more memory for each worker, or leave `evaluation` out"
+    )
 
 
 def refusal(recipe: Recipe, plan: Plan, advice: list[Advice]) -> str:

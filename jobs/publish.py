@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cluster import keys, made, models, records, registry
 from cluster.errors import AdapterRefused
 from cluster.models import ModelConfig
-from cluster.records import BaseModelRef, LicenceRecord, RunRecord
+from cluster.records import BaseModelRef, LicenceRecord, Requirement, RunRecord
 from cluster.store import Store
 from jobs import card, export
 from jobs.zero import ZeroEngine
@@ -39,11 +39,13 @@ def publish_adapter(
     metrics: dict[str, float],
     licences: LicenceRecord,
     base_folder: Path,
+    gate: Requirement | None = None,
 ) -> dict[str, Any] | None:
     """Publish the adapter under training as the next version of `name`. A collective.
 
     Args:
         licences: how the run was judged; its notice and the licence files of `base_folder` go along.
+        gate: what it must show before an alias moves to it.
 
     Returns:
         On rank 0 {"name", "version", "digest"}; None elsewhere.
@@ -70,7 +72,9 @@ def publish_adapter(
                 run = records.read(store, keys.run_record(run_id), RunRecord)
                 how = made.of_run(run, "adapter", step, licences)
                 card.write(store, folder, name, how, run, metrics.get("evaluation_loss"), licences.notice)
-                record = registry.publish(store, name, folder, base, run_id, step, metrics, licences.artefacts, run)
+                record = registry.publish(
+                    store, name, folder, base, run_id, step, metrics, licences.artefacts, gate, run
+                )
             published = [{"name": record.name, "version": record.version, "digest": record.digest}]
         except AdapterRefused as error:
             published = [error]

@@ -124,6 +124,7 @@ def run(reference: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
             original.parent,
             licences,
             original.prepared,
+            original.gate if recipe.publish else None,
             reproduces=original.run_id,
         )
         say(f"run {record.run_id} in {store.url} reproduces {original.run_id}")
@@ -190,9 +191,11 @@ def check_files(store: Store, original: RunRecord, base: Path) -> dict[str, Path
 
 def _recipe(store: Store, original: RunRecord, overrides: Sequence[str]) -> Recipe:
     """The original's recipe, on as many workers as it began with, publishing nothing. Raises ConfigError."""
-    quiet = original.model_copy(update={"recipe": original.recipe | {"publish": None}})
     published = any(each.startswith("publish.") for each in overrides)
-    given = [*overrides, *(["publish.alias=null"] if published else [])]  # no alias moves to a repetition
+    without = {"publish": None} if published else {"publish": None, "evaluation": None}  # that guards what is published
+    quiet = original.model_copy(update={"recipe": original.recipe | without})
+    moves = any(each.startswith("publish.alias=") for each in overrides)
+    given = [*overrides, *(["publish.alias=null"] if published and not moves else [])]  # unless that is asked for
     recipe = driver.recipe_again(quiet, given, CHANGEABLE)
     started = runs.attempts(store, original.run_id)
     if started:

@@ -20,6 +20,7 @@ from cluster.records import (
     Digests,
     LicenceRecord,
     ModelManifest,
+    Requirement,
     RunRecord,
     SourceFile,
 )
@@ -41,6 +42,7 @@ def write(
     parent: CheckpointRef | None,
     licences: LicenceRecord,
     checked: str | None = None,
+    required: Requirement | None = None,
     reproduces: str | None = None,
 ) -> RunRecord:
     """Write run.json, the record of a new run.
@@ -48,6 +50,7 @@ def write(
     Args:
         tokenised: digests of what to train on and, perhaps, to evaluate on.
         checked: of the set of checked rows that they were made from.
+        required: what its result must show before an alias moves to it.
         reproduces: the run that it repeats.
     """
     record = RunRecord(
@@ -61,6 +64,7 @@ def write(
         base=base,
         parent=parent,
         licences=licences,
+        gate=required,
         created_at=records.now(),
         by=submitter(),
         sources=sources,

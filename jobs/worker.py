@@ -122,6 +122,7 @@ def _work(job: Job) -> None:
                 metrics,
                 job.licences,
                 folder,
+                job.gate,
             )
     if rank == 0:
         checkpoint_key = ray.get(job.board.checkpoint.remote())

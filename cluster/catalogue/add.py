@@ -105,9 +105,7 @@ def _add(
     for each in judgements:
         say(f"{each.use}: {each.level}, by {', '.join(each.licences) or 'nothing'}")
     revision = _revision(located, folder, wanted)
-    origin: str | None = f"{located.origin}, converted from pickles" if wanted.convert else located.origin
-    if model.is_folder and not wanted.convert:
-        origin = None  # a folder may say itself of which run it is
+    origin = f"{located.origin}, converted from pickles" if wanted.convert else located.origin
     models.mirror(model, folder, store, origin, made_from, revision, say)
     kept = models.read_manifest(store, records.BaseModelRef(name=model.name, revision=revision, licence=model.licence))
     if kept.licence != model.licence:

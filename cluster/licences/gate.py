@@ -45,7 +45,7 @@ class Gate(Config):
         for each in model.made_from:
             found += origin(each.name, each.kind, self.facts, name, each.licence)
         where = folder or (Path(model.source).expanduser() if model.is_folder else None)
-        if how := made.read(where) if where else None:
+        if how := made.read(where) if where and not model.is_hub else None:
             found += how.artefacts  # more than its card can say: licences of what is on no Hub
         if card := _card_of(model, folder):
             itself, *rest = read_card(card, name, self.facts)

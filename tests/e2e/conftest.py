@@ -1,5 +1,6 @@
 """What the end-to-end tests share: rows, a store on the S3 server, and two adapters that jobs have trained into it."""
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from cluster.nodes import LocalCluster
 from cluster.store import Store, open_store
 from jobs.runs import read_steps
 from tests.conftest import TinyModels
-from tests.e2e.submit import train, write_recipe
+from tests.e2e.submit import train, write_recipe, write_rows
 from tests.servers import S3Server
 
 
@@ -38,10 +39,12 @@ def laptop(ray_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> LocalC
 class Pair:
     """The last lines of two jobs: the same recipe on one worker with ZeRO-0, and on two nodes with ZeRO-3.
 
-    The first goes on for longer: 48 steps with a checkpoint every 8, where the second has 8.
+    The first goes on for longer: 48 steps with a checkpoint every 8, where the second has 8. What it must show before
+    its alias moves is in `gate`, as the recipe has it.
     """
 
     store: Store
+    gate: dict[str, Any]
     one: dict[str, Any]
     two: dict[str, Any]
 
@@ -59,12 +62,22 @@ def pair(
 ) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
     recipe = write_recipe(folder, tiny_models["qwen3"], [rows], name="pair", store=store.url)
+    asked = [json.loads(line)["messages"] for line in rows.read_text().splitlines()[:8]]
+    asking = write_rows(folder / "asking.jsonl", [{"messages": messages[:-1]} for messages in asked])
+    safe = [{"messages": messages[:-1], "must_not_contain": ["[pP]assword"]} for messages in asked[:2]]
+    gate = {
+        "loss": {"max_loss": 4, "max_increase": 0.1},
+        "regression": {"prompts": [str(asking)], "max_worse": 0.25},
+        "safety": {"prompts": [str(write_rows(folder / "safe.jsonl", safe))], "shipped": False},
+        "max_tokens": 16,
+    }
     with ThreadPoolExecutor() as pool:
         one = pool.submit(
             train,
             ray_cluster,
             recipe,
             *("publish.name=pair-one", "train.steps=48", "checkpoint.every_steps=8"),
+            *(f"data.evaluation=[{rows}]", f"evaluation={json.dumps(gate)}"),
         )
         two = pool.submit(
             train,
@@ -72,4 +85,4 @@ def pair(
             recipe,
             *("publish.name=pair-two", "train.workers=2", "train.zero=3", "train.micro_batch=2"),
         )
-        return Pair(store, one.result().result, two.result().result)
+        return Pair(store, gate, one.result().result, two.result().result)

@@ -30,7 +30,7 @@ def test_a_published_adapter_is_reproduced(pair: Pair, ray_cluster: LocalCluster
         True,
         None,
     )
-    assert line["largest_difference"] <= 1e-4
+    assert line["largest_difference"] <= 1e-4, printed
     losses = [step["loss"] for step in runs.read_steps(store, line["run_id"])]
     assert max(abs(one - other) for one, other in zip(losses, pair.losses(pair.one), strict=True)) <= 1e-4
     ours, theirs = (runs.find(store, run_id).record for run_id in (line["run_id"], pair.one["run_id"]))

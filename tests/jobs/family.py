@@ -108,7 +108,7 @@ class Family:
         assert run.licences
         how = made.of_run(run, "adapter", STEPS, run.licences)
         card.write(self.store, folder, name, how, run, 0.5, run.licences.notice)
-        registry.publish(self.store, name, folder, run.base, run.run_id, STEPS, {}, run.licences.artefacts, run)
+        registry.publish(self.store, name, folder, run.base, run.run_id, STEPS, {}, run.licences.artefacts, run=run)
         registry.set_alias(self.store, name, registry.STABLE, 1, "a test")
 
 

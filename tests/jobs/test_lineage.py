@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from cluster import keys, records, registry
-from cluster.errors import DataError
+from cluster import keys, made, records, registry
+from cluster.errors import DataError, LicenceRefused
+from cluster.licences.gate import Gate
+from cluster.models import ModelConfig
 from cluster.records import AdapterRecord, RunRecord
-from jobs import lineage, reproduction
+from jobs import card, lineage, reproduction
 from tests.conftest import TinyModels
 from tests.jobs.commands import luthier
 from tests.jobs.family import PLANTED, Family, make_family
@@ -161,6 +163,28 @@ def test_losses_are_compared_step_by_step() -> None:
     for other in (lines(3.0, 2.5), lines(3.0, None, 2.0), lines(3.0, float("nan"), 2.0)):
         assert not reproduction.compare(lines(3.0, 2.5, 2.0), other).is_equal
     assert not reproduction.compare(lines(), lines()).is_equal
+
+
+@pytest.mark.parametrize(
+    ("state", "is_reproduced", "code"), [("succeeded", True, 0), ("succeeded", False, 1), ("stopped", False, 1)]
+)
+def test_a_reproduction_ends_with_what_it_found(state: str, is_reproduced: bool, code: int) -> None:
+    assert reproduction.ended({"state": state, "is_reproduced": is_reproduced}) == code
+
+
+def test_what_was_made_here_may_be_a_base_although_no_hub_knows_its_own(family: Family, tmp_path: Path) -> None:
+    """Its card names a base without its licence; luthier.json says that. A stranger's is not believed."""
+    run, gate = family.runs["first"], Gate.here()
+    assert run.licences
+    card.write(family.store, tmp_path, "whole", how := made.of_run(run, "model", 3, run.licences), run, None, "")
+    model = ModelConfig(name="whole", source="store", revision=None, licence="apache-2.0", dtype="fp32", shape=None)
+    stranger = model.model_copy(update={"source": "lab/whole", "revision": "f" * 40})
+    with pytest.raises(LicenceRefused, match="tiny-test: nothing is known of the licence 'none'"):
+        gate.require(gate.of_model(model, tmp_path), "whole")
+    made.write(tmp_path, how)
+    gate.require(gate.of_model(model, tmp_path), "whole")
+    with pytest.raises(LicenceRefused, match="tiny-test: nothing is known"):
+        gate.require(gate.of_model(stranger, tmp_path), "whole")
 
 
 def test_a_run_is_not_reproduced_from_other_data(family: Family) -> None:
