@@ -45,8 +45,8 @@ def refuse(folder: Path) -> None:
     """Raises ModelError for a model that cannot be loaded without running its own code."""
     if found := needed(folder):
         raise ModelError(
-            f"{folder} can only be loaded by running code that it brings ({found}), which is never done here; take a model "
-            "of a family that transformers has: `luthier cluster models suggest` names some"
+            f"{folder} can only be loaded by running code that it brings ({found}), which is never done here; take a "
+            "model of a family that transformers has: `luthier cluster models suggest` names some"
         )
 
 
