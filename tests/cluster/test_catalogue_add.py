@@ -89,6 +89,8 @@ def test_what_is_refused_leaves_nothing_in_the_store(folder: Path, store: Folder
         into(store, folder, name="My Model")
     with pytest.raises(ConfigError, match="exists; name another"):
         into(store, folder, config_out=folder / "config.json")
+    with pytest.raises(ConfigError, match="--convert makes others"):
+        into(store, folder, convert=True, revision="0" * 40)
     with pytest.raises(ConfigError, match="is no folder here"):
         into(store, "nowhere")
     (folder / "README.md").unlink()
