@@ -32,6 +32,8 @@ from tests.conftest import TinyModels
 from tests.faults.proxy import Proxy
 from tests.servers import REPOSITORY, aws_env, shared
 
+GATE = Gate.here()
+
 
 @pytest.fixture
 def folder(tiny_models: TinyModels, tmp_path: Path) -> Path:
@@ -51,7 +53,7 @@ def into(store: FolderStore, source: Path | str, said: list[str] | None = None, 
     config_out = options.pop("config_out", None)
     assert config_out is None or isinstance(config_out, Path)
     heard: list[str] = [] if said is None else said
-    return add(Wanted(str(source), **options), store, Gate.here(), heard.append, config_out)  # type: ignore[arg-type]
+    return add(Wanted(str(source), **options), store, GATE, heard.append, config_out)  # type: ignore[arg-type]
 
 
 def luthier(*arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":

@@ -25,6 +25,7 @@ from serving.config import VllmConfig
 from serving.prompts import Prompts
 from tests.conftest import TinyModels
 
+FACTS = load_facts()
 CARD = "---\nlicense: apache-2.0\nbase_model: Qwen/Qwen3-8B\n---\n# A model\n"
 
 
@@ -39,7 +40,7 @@ def folder(tiny_models: TinyModels, tmp_path: Path) -> Path:
 
 
 def look(folder: Path) -> Inspection:
-    return inspect(folder, load_facts())
+    return inspect(folder, FACTS)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "mistral", "gemma3"])
