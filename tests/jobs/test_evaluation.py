@@ -1,4 +1,4 @@
-"""What a version is measured by: suites and their faults, scorers, figures against thresholds, a real model's answers."""
+"""What a version is measured by: suites, scorers, figures against thresholds, a real model's answers."""
 
 import json
 import sys
