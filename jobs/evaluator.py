@@ -46,9 +46,14 @@ def evaluate(task: Task) -> list[Answers]:
     base.config.use_cache = True
     base.generation_config = _greedy(base, tokenizer, task.max_tokens)
     found = []
-    for (record, asked), loss in zip(task.adapters, losses, strict=True):
+    for (record, groups), loss in zip(task.adapters, losses, strict=True):
         model.set_adapter(_name(record.version))
-        texts, cut_off = answer(model, tokenizer, [encoded[index] for index in asked], task.batch, device)
+        texts: dict[int, str] = {}
+        cut_off = 0
+        for group in groups:
+            made, cut = answer(model, tokenizer, [encoded[index] for index in group], task.batch, device)
+            texts |= zip(group, made, strict=True)
+            cut_off += cut
         found.append(Answers(texts, cut_off, loss, len(dataset) if dataset else 0))
     return found
 

@@ -15,14 +15,15 @@ from cluster import keys, records, registry
 from cluster.config import load
 from cluster.errors import ConfigError, DataError, InputError, PlanError
 from cluster.folder import FolderStore
+from cluster.licences.gate import Gate
 from cluster.logs import ended
 from cluster.models import Shape
 from cluster.records import BaseModelRef, Requirement, RunRecord
-from jobs import evaluation, evaluator, runs, suites
+from jobs import brief, evaluation, evaluator, runs, suites
 from jobs.config import EvaluationConfig, Recipe
 from jobs.measures import NO_STABLE, Found, measure
 from jobs.model import load_model, load_tokenizer
-from jobs.plan import make_plan
+from jobs.plan import Survey, make_plan
 from jobs.release import release
 from jobs.scorers import Scorer, answer_of, refuses
 from jobs.suites import SHIPPED, Prompt, Suites
@@ -93,6 +94,8 @@ def test_a_base_that_fits_no_worker_alone_is_refused_by_the_plan() -> None:
     assert loaded.model.shape
     shape: Shape = loaded.model.shape
     make_plan(loaded, shape)
+    asked = Survey.of(load(RECIPE, Recipe, ["evaluation={safety: {}}"]), shape, ROOT, Gate.here())
+    assert "safety, on one worker, before redact@stable moves" in brief.text(asked)
     with pytest.raises(PlanError, match=r"evaluation: one worker holds all of llama.*lower evaluation\.batch"):
         make_plan(load(RECIPE, Recipe, [*large, "evaluation={safety: {}}"]), shape)
 
