@@ -80,7 +80,7 @@ class Answers:
 
 def find(store: Store, reference: str) -> AdapterRecord:
     """The version that NAME@V, NAME@alias, or a run that published one stands for. Raises InputError."""
-    if store.exists(keys.run_record(reference)):
+    if keys.is_name(reference) and store.exists(keys.run_record(reference)):
         run = records.read(store, keys.run_record(reference), RunRecord)
         name = (run.recipe.get("publish") or {}).get("name")
         made = [record for record in registry.versions(store, name) if record.run_id == reference] if name else []
