@@ -22,6 +22,7 @@ from cluster.logs import ended
 from cluster.models import Shape
 from cluster.records import BaseModelRef, Requirement, RunRecord
 from jobs import brief, evaluation, evaluator, runs, suites
+from jobs import evaluate as evaluate_entry
 from jobs.config import EvaluationConfig, Recipe
 from jobs.measures import NO_STABLE, Found, measure
 from jobs.model import load_model, load_tokenizer
@@ -399,6 +400,19 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is_started(here: Path,
     ):
         with pytest.raises(error, match=said):
             release_evaluate(reference, store.url, given, [])
+
+
+def test_the_entry_of_a_submitted_job(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, said in (
+        ([], "write python -m jobs.evaluate"),
+        (["a@1"], "write python -m jobs.evaluate"),
+        (["a@1", f"store={store.url}"], "no adapter a@1"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["jobs.evaluate", *arguments])
+        assert evaluate_entry.main() == 2
+        assert said in capsys.readouterr().err
 
 
 def test_a_stop_request_ends_an_evaluation_and_the_run_is_not_lost_meanwhile(store: FolderStore) -> None:
