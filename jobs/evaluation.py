@@ -34,8 +34,8 @@ from jobs.suites import Prompt, Suites
 
 VERSIONS = ("torch", "transformers", "peft")
 
-
-Group = tuple[int, ...]  # questions by their place in the list
+Group = tuple[int, ...]
+"""Questions, by their place in the list."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def _find_out(
     if stable is None:
         (ours,) = _ask(store, recipe, requirement, prompts, [wanted])
         note = NO_STABLE
-    elif stable.base == record.base:
+    elif (stable.base.name, stable.base.revision) == (record.base.name, record.base.revision):
         ours, theirs = _ask(store, recipe, requirement, prompts, [wanted, (stable, (compared,))])
     else:
         (ours,) = _ask(store, recipe, requirement, prompts, [wanted])
