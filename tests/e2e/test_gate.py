@@ -1,6 +1,7 @@
 """The evaluation gate on real parts: a run's own release, a damaged version that is stopped, a good one promoted."""
 
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from cluster.nodes import LocalCluster
 from cluster.records import AdapterRecord
 from cluster.store import Store, open_store
 from jobs import runs
+from scripts.demo import tasks
 from tests.conftest import TinyModels
 from tests.e2e.conftest import Pair
 from tests.e2e.submit import luthier, said, train, write_recipe, write_rows
@@ -97,7 +99,8 @@ def test_a_run_that_regresses_is_published_and_not_released(
         "regression": {"prompts": [str(asking)], "max_worse": 0.5},
         "max_tokens": 12,
     }
-    held_out = (f"data.evaluation=[{rows}]", f"evaluation={json.dumps(gate)}")
+    unseen = write_rows(tmp_path / "unseen.jsonl", [*islice(tasks.rows("orders-json", "heldout"), 40)])
+    held_out = (f"data.evaluation=[{unseen}]", f"evaluation={json.dumps(gate)}")
     first = train(ray_cluster, recipe, *held_out).result
     assert (first["adapter"], first["promoted"]) == ("again@1", True)
 

@@ -1,7 +1,9 @@
-"""What a version is measured by: suites and their faults, scorers, figures against thresholds, a real model's answers."""
+"""What a version is measured by: suites, scorers, figures against thresholds, a real model's answers."""
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,20 @@ from transformers import GenerationConfig
 
 from cluster import keys, records, registry
 from cluster.config import load
-from cluster.errors import ConfigError, DataError, InputError, PlanError
+from cluster.errors import AdapterNotFound, ConfigError, DataError, InputError, PlanError
 from cluster.folder import FolderStore
+from cluster.licences.gate import Gate
 from cluster.logs import ended
 from cluster.models import Shape
 from cluster.records import BaseModelRef, Requirement, RunRecord
-from jobs import evaluation, evaluator, runs, suites
+from jobs import brief, evaluation, evaluator, runs, suites
+from jobs import evaluate as evaluate_entry
 from jobs.config import EvaluationConfig, Recipe
 from jobs.measures import NO_STABLE, Found, measure
 from jobs.model import load_model, load_tokenizer
-from jobs.plan import make_plan
-from jobs.release import release
+from jobs.plan import Survey, make_plan
+from jobs.release import _alive, release
+from jobs.release import evaluate as release_evaluate
 from jobs.scorers import Scorer, answer_of, refuses
 from jobs.suites import SHIPPED, Prompt, Suites
 from tests.conftest import TinyModels
@@ -93,6 +98,8 @@ def test_a_base_that_fits_no_worker_alone_is_refused_by_the_plan() -> None:
     assert loaded.model.shape
     shape: Shape = loaded.model.shape
     make_plan(loaded, shape)
+    asked = Survey.of(load(RECIPE, Recipe, ["evaluation={safety: {}}"]), shape, ROOT, Gate.here())
+    assert "safety, on one worker, before redact@stable moves" in brief.text(asked)
     with pytest.raises(PlanError, match=r"evaluation: one worker holds all of llama.*lower evaluation\.batch"):
         make_plan(load(RECIPE, Recipe, [*large, "evaluation={safety: {}}"]), shape)
 
@@ -374,6 +381,55 @@ def test_a_run_whose_version_cannot_be_evaluated_keeps_it_and_moves_no_alias(her
     assert evaluation.recipe_of(store, registry.record(store, "redact", 1)).evaluation == recipe.evaluation
     with pytest.raises(ConfigError, match="only cluster and secrets may change"):
         evaluation.recipe_of(store, registry.record(store, "redact", 1), ["evaluation.max_tokens=1"])
+
+
+def test_what_cannot_be_evaluated_is_said_before_anything_is_started(here: Path, store: FolderStore) -> None:
+    (here / "made").mkdir()
+    (here / "made" / "adapter_model.safetensors").write_text("weights")
+    base = BaseModelRef(name="tiny", revision="r1", licence="apache-2.0")
+    registry.publish(store, "free", here / "made", base, "run-1", 1)
+    gate = Requirement.of(("safety",), {"safety": {}})
+    registry.publish(store, "gated", here / "made", base, "run-2", 1, gate=gate)
+    for reference, given, error, said in (
+        ("free@1", None, InputError, "free@1 was trained by a recipe without `evaluation`: name one .* --recipe"),
+        ("gated@1", None, InputError, "gated@1 came from run run-2, which .* does not hold: name its recipe"),
+        ("gated@1", str(RECIPE), ConfigError, "evaluation: is not there; say what shall be measured"),
+        ("gated@2", None, AdapterNotFound, "its versions: 1"),
+        ("gated", None, AdapterNotFound, "no alias stable"),
+        ("../x", None, ConfigError, "write name, name@7 or name@alias"),
+    ):
+        with pytest.raises(error, match=said):
+            release_evaluate(reference, store.url, given, [])
+
+
+def test_the_entry_of_a_submitted_job(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, said in (
+        ([], "write python -m jobs.evaluate"),
+        (["a@1"], "write python -m jobs.evaluate"),
+        (["a@1", f"store={store.url}"], "no adapter a@1"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["jobs.evaluate", *arguments])
+        assert evaluate_entry.main() == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_stop_request_ends_an_evaluation_and_the_run_is_not_lost_meanwhile(store: FolderStore) -> None:
+    recipe = load(RECIPE, Recipe, ["evaluation={safety: {}}"])
+    run = _run(recipe, Requirement.of(("safety",), {}))
+    store.create(keys.run_record(run.run_id), run.to_bytes())
+    runs.tell(store, run.run_id, "training", "running")
+    assert runs.find(store, run.run_id).state == "lost", "nobody has given a sign of life"
+    began = threading.Event()
+    with pytest.raises(KeyboardInterrupt), _alive(store, run.run_id):
+        while runs.find(store, run.run_id).state == "lost":
+            began.wait(0.01)
+        assert runs.find(store, run.run_id).state == "running"
+        signal.raise_signal(signal.SIGTERM)
+    runs.ask_to_stop(store, run.run_id)
+    with pytest.raises(KeyboardInterrupt), _alive(store, run.run_id):
+        began.wait(60)
 
 
 def _run(recipe: Recipe, required: Requirement) -> RunRecord:
