@@ -1,6 +1,7 @@
 """A whole run, seen from the driver: each stage leaves a record that the next one reads.
 
-    resolve → plan → locate data → join Ray → pin the model → check data → tokenise → run.json → train and publish → alias
+    resolve → plan → locate data → join Ray → pin the model → check the data → tokenise → run.json
+        → train and publish → alias
     resume: run.json → join Ray → train and publish → alias
 
 Everything that can be wrong with what the person gave is found before run.json is written, and before any worker is

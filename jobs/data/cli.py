@@ -6,6 +6,8 @@ torch; what checks a recipe's rows by its template does.
 
 import json
 import os
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,7 +42,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Say what is in data and what the rules would do about it. Exit code 2 when they refuse a row."""
-    card = _card(given, rules, evaluation, store, with_rows=False)
+    card = _card(given, rules, evaluation, store, with_rows=False, as_json=as_json)
     _show(card, as_json)
     if card.refused:
         raise typer.Exit(2)
@@ -55,7 +57,7 @@ def prepare_set(
     as_json: AsJson = False,
 ) -> None:
     """Make the set that training reads, with its card; what was made before is found and not made again."""
-    _show(_card(given, rules, evaluation, store, with_rows=True), as_json)
+    _show(_card(given, rules, evaluation, store, with_rows=True, as_json=as_json), as_json)
 
 
 @app.command("card")
@@ -74,11 +76,18 @@ def show_card(
 
 
 def _card(
-    given: list[str], rules: Path | None, evaluation: list[str] | None, url: str | None, *, with_rows: bool
+    given: list[str],
+    rules: Path | None,
+    evaluation: list[str] | None,
+    url: str | None,
+    *,
+    with_rows: bool,
+    as_json: bool,
 ) -> "Card":
     """What was answered before, or else made now, on the recipe's cluster or a Ray of this process's own."""
     from cluster.config import load
     from cluster.errors import ConfigError, Fault
+    from cluster.logs import say
     from cluster.models import cache_folder
     from cluster.place import ClusterConfig
     from cluster.session import joined
@@ -107,7 +116,8 @@ def _card(
     if card := prepare.answered(request, store, with_rows):
         return card
     with joined(cluster, 1):
-        return (prepare.prepare if with_rows else prepare.check)(request, paths, store)
+        tell = partial(print, file=sys.stderr, flush=True) if as_json else say
+        return (prepare.prepare if with_rows else prepare.check)(request, paths, store, tell)
 
 
 def _show(card: "Card", as_json: bool) -> None:

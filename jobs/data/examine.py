@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -210,8 +210,26 @@ def text_of(example: Example) -> str:
 
 def digest_of(example: Example) -> bytes:
     """Sixteen bytes that two rows share when they say the same, whatever their format and white space."""
-    said = json.dumps(_mapped(asdict(example), lambda text, _: " ".join(text.split()), ""), sort_keys=True)
-    return hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    said: list[object]
+    if isinstance(example, Conversation):
+        said = [
+            (
+                turn.role,
+                _spaced(turn.content),
+                [(call.name, call.arguments) for call in turn.tool_calls],
+                turn.supervised,
+            )
+            for turn in example.messages
+        ]
+        said.append(example.tools)
+    else:
+        said = [_spaced(example.prompt), _spaced(example.completion)]
+    written = json.dumps(said, sort_keys=True)
+    return hashlib.blake2b(written.encode(), digest_size=16).digest()
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
 
 
 def language_of(text: str, rule: Language, identify: Callable[[str], tuple[str, float]]) -> str:
