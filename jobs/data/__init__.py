@@ -14,6 +14,7 @@ balance     how often a row is taken, so that groups weigh what they shall; pure
 prepare     all of it, in order: parts, the whole, the rows that stay, the card
 card        what was found, done and left, as a record and as text
 prepared    the sets that a store has, what a recipe asks for, and their rows on this machine
+augment     more rows for a small set, each marked as synthetic
 progress    rows, rows a second, and how long it still takes
 cli         `luthier jobs data …`
 hits        what a check has found in a text, and the text folded so that offsets stay

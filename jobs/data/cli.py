@@ -1,4 +1,4 @@
-"""`luthier jobs data …`: check, prepare, card.
+"""`luthier jobs data …`: check, prepare, card, augment.
 
 FILES are data files; or one recipe, whose files, rules and model count, and `key=value` for it. Nothing here imports
 torch; what checks a recipe's rows by its template does.
@@ -73,6 +73,45 @@ def show_card(
 
     card = find(open_existing(store), digest)
     print(card.model_dump_json(indent=2) if as_json else markdown(card), flush=True)
+
+
+@app.command()
+def augment(
+    given: Annotated[list[str], typer.Argument(help="data files")],
+    rows: Annotated[int, typer.Option(min=1, help="how many rows to make")],
+    out: Annotated[Path, typer.Option(help="the file to write, .jsonl")],
+    endpoint: Annotated[str | None, typer.Option(help="a served model's address, http://host:port/v1")] = None,
+    model: Annotated[str | None, typer.Option(help="its name there")] = None,
+    key_variable: Annotated[str | None, typer.Option(help="the environment variable with its key")] = None,
+    seed: Annotated[int, typer.Option(help="the same seed makes the same rows of templates")] = 0,
+) -> None:
+    """More rows for a small set: its questions in other words, by templates or a served model; marked as synthetic."""
+    import asyncio
+
+    from cluster.errors import ConfigError, Fault
+    from cluster.logs import say
+    from jobs.data import augment as more
+    from jobs.rows import locate, read_rows
+
+    if (endpoint is None) != (model is None):
+        raise ConfigError([Fault("command line", "--endpoint", "give it together with --model")])
+    if out.exists() or out.suffix != ".jsonl":
+        raise ConfigError([Fault("command line", "--out", f"{out}: name a .jsonl file that is not there yet")])
+    there = more.usable(row for name in given for row in read_rows(locate(name, None, Path(), Path.cwd()), name))
+    made: list[dict[str, object]] = []
+    if endpoint and model:
+        asked = more.Endpoint(endpoint, model, os.environ[key_variable] if key_variable else None)
+
+        async def ask() -> None:
+            made.extend([row async for row in more.by_endpoint(there, rows, seed, asked)])
+
+        asyncio.run(ask())
+    else:
+        made.extend(more.by_templates(there, rows, seed))
+    out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
+    say(f"{len(made):,} synthetic rows of {len(there):,} in {out}; add it to data.train")
+    if model:
+        say(f"and say who wrote it: data.licences: {{{out}: {{teachers: [{model}]}}}}")
 
 
 def _card(

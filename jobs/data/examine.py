@@ -82,6 +82,7 @@ class Examined:
     language: str = ""
     group: str = ""
     synthetic: bool = False
+    teacher: str = ""
     findings: list[Finding] = field(default_factory=list)
 
     def note(self, check: Check, do: str, detail: str, note: str = "", now: tuple[str, str] | None = None) -> bool:
@@ -110,6 +111,8 @@ class Examiner:
             found.note("format", self._rules.format, "no row", row.reason)
             return found
         found.synthetic = row.get("synthetic") is True
+        if found.synthetic and isinstance(made := row.get("synthetic_by"), dict):
+            found.teacher = str(made.get("teacher", ""))
         found.row = self._tidied(row, found)
         if not self._is_discreet(found):
             return found

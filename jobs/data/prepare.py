@@ -10,7 +10,7 @@ Only a few parts are in memory at a time, here and in the tasks, whatever the si
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -239,14 +239,22 @@ def _taken(table: Table, request: Request) -> tuple[Take, dict[str, float]]:
 
 
 def _warnings(table: Table, request: Request, take: Take) -> tuple[str, ...]:
+    found = []
+    told = {(report.source, teacher) for report in table.reports for teacher in report.teachers}
+    for number, teacher in sorted(told):
+        source = request.sources[number]
+        if teacher not in source.teachers:
+            found.append(
+                f"{source.name} has rows by the model {teacher}, which data.licences does not name as a teacher"
+            )
     rule = request.rules.balance
     codes = table.source if rule.by == SOURCE else table.group
     sums = np.bincount(codes, np.where(table.is_evaluation, 0, take))
     counts = sums[sums > 0]
     if len(counts) > 1 and counts.max() > rule.warn_above * counts.min():
         ratio = counts.max() / counts.min()
-        return (f"the largest group by {rule.by} has {ratio:,.0f} times the rows of the smallest",)
-    return ()
+        found.append(f"the largest group by {rule.by} has {ratio:,.0f} times the rows of the smallest")
+    return tuple(found)
 
 
 def _refuse(card: Card, store: Store) -> None:

@@ -1,18 +1,23 @@
 """What is found in rows and done about it, without a cluster: text put right, rules, twins, balance, excerpts."""
 
+import json
 from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from cluster.config import load
 from cluster.errors import ConfigError, DataError
 from jobs.config import Recipe
-from jobs.data import balance, stage, table, whole
+from jobs.data import augment, balance, stage, table, whole
+from jobs.data.cli import app
 from jobs.data.examine import CHECKS, Examined, Examiner
 from jobs.data.parts import Part, read_parts
 from jobs.data.request import Request, Source, Split, make_request
@@ -215,3 +220,47 @@ def test_a_recipe_names_its_rules_and_overrides_reach_into_them() -> None:
         load(path, Recipe, ["data.rules=daat"])
     with pytest.raises(ConfigError, match=r"data\.rules\.htm: unknown key; did you mean 'html'"):
         load(path, Recipe, ["data.rules=data", "data.rules.htm=off"])
+
+
+def test_templates_ask_the_same_in_other_words_and_say_so() -> None:
+    rows = [(Place("a", 1), chat("Sky?")), (Place("a", 2), {"instruction": "天空？", "input": "", "output": "蓝。"})]
+    made = list(augment.by_templates(rows, 8, seed=1))
+    assert made == list(augment.by_templates(rows, 8, seed=1))
+    assert len({augment.question(row) for row in made}) == 8
+    assert all(row["synthetic"] is True and ("Sky?" in str(row) or "天空？" in str(row)) for row in made)
+    assert {str(row["messages"][1]) for row in made if "messages" in row} == {str(chat("")["messages"][1])}  # type: ignore[index]
+    with pytest.raises(DataError, match="at most 10 more rows, not 11"):
+        list(augment.by_templates(rows, 11, seed=1))
+
+
+class _Model(BaseHTTPRequestHandler):
+    """Answers as a served model that turns a question into capitals, and has nothing to say to "Wind?"."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        text = asked["messages"][0]["content"].split("---")[1].strip()
+        said = "" if text == "Wind?" else text.upper()
+        self.send_response(200 if asked["model"] == "caps" else 404)
+        self.end_headers()
+        self.wfile.write(json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}).encode())
+
+    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002
+        pass
+
+
+def test_a_served_model_rewrites_questions_and_is_named(tmp_path: Path) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Model) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        path, out = tmp_path / "few.jsonl", tmp_path / "more.jsonl"
+        path.write_text("".join(json.dumps(chat(text)) + "\n" for text in ("Sky?", "Wind?", "Sea?")))
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        asked = ["augment", str(path), "--rows", "4", "--out", str(out), "--endpoint", url, "--model", "caps"]
+        done = CliRunner().invoke(app, asked)
+        assert done.exit_code == 0, done.output
+        other = CliRunner().invoke(app, [*asked[:-1], "nobody", "--out", str(tmp_path / "none.jsonl")])
+        assert "does not answer as nobody" in str(other.exception)
+        server.shutdown()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert sorted(row["messages"][0]["content"] for row in rows) == ["SEA?", "SEA?", "SKY?", "SKY?"]
+    found = examine(rows[0], tmp_path)
+    assert (found.synthetic, found.teacher) == (True, "caps")
