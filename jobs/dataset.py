@@ -16,8 +16,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -188,13 +188,22 @@ def tokenise_shard(
         if samples:
             path = folder / "shard.arrow"
             with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-                writer.write_table(pa.Table.from_pylist([asdict(sample) for sample in samples], SCHEMA))
+                writer.write_table(_table(samples))
             key = keys.dataset_shard(digest, index)
             store.upload(path, key)
             file_record = records.describe_file(path, key.removeprefix(keys.dataset_prefix(digest)))
     tokens = sum(len(sample.input_ids) for sample in samples)
     supervised = sum(sum(sample.supervised) for sample in samples)
     return _ShardResult(file_record, len(samples), tokens, supervised, faults)
+
+
+def _table(samples: Sequence[Sample]) -> pa.Table:
+    """By columns: from rows of Python objects this took longer than all the tokenising."""
+    starts = np.cumsum([0, *(len(sample.input_ids) for sample in samples)], dtype=np.int32)
+    ids = np.fromiter(chain.from_iterable(sample.input_ids for sample in samples), np.int32, int(starts[-1]))
+    marks = np.fromiter(chain.from_iterable(sample.supervised for sample in samples), np.bool_, int(starts[-1]))
+    columns = [pa.ListArray.from_arrays(starts, values) for values in (pa.array(ids), pa.array(marks))]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 def _summarise(results: list[_ShardResult], digest: str) -> tuple[DatasetManifest, list[Fault]]:
@@ -225,6 +234,11 @@ def _judge(faults: list[Fault], samples: int, data: DataConfig) -> None:
     )
 
 
+def read_shard(path: Path) -> pa.Table:
+    """A shard's rows, read in place."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
 class Dataset:
     """A tokenised dataset on this node, read in place: samples by index, nothing copied into memory.
 
@@ -233,8 +247,7 @@ class Dataset:
     """
 
     def __init__(self, manifest: DatasetManifest, folder: Path) -> None:
-        tables = [pa.ipc.open_file(pa.memory_map(str(folder / file.file))).read_all() for file in manifest.files]
-        table = pa.concat_tables(tables)
+        table = pa.concat_tables([read_shard(folder / file.file) for file in manifest.files])
         self._ids = table["input_ids"]
         self._supervised = table["supervised"]
         self.lengths: Ids = pc.list_value_length(self._ids).to_numpy().astype(np.int64)
