@@ -9,7 +9,10 @@ terms       what the result is made from, and whether the licences of that allow
 brief       a plan as text
 rows        the rows of a data file, each with its place
 formats     a row of any common format, to a conversation
-chat        a conversation, rendered by the model's own template, to supervised tokens
+template    the model's own chat template: a conversation's text, and where in it the answers stand
+truth       whether what it writes is still the conversation that was given; pure
+chat        a conversation or a text, to supervised tokens
+data        `luthier jobs data …`
 dataset     tokenise once on CPU workers, into the store's dataset cache
 packing     sample order, packs and each rank's share; pure
 model       the base model and its attention for packed rows

@@ -1,4 +1,4 @@
-"""`luthier jobs …`: plan, submit, train, resume, stop, list, show, logs, report, diff, export.
+"""`luthier jobs …`: plan, submit, train, resume, stop, list, show, logs, report, diff, export, and data.
 
 Nothing here imports torch; `train` and `resume` do when they run. What reads, reads the store alone.
 """
@@ -14,8 +14,10 @@ import typer
 
 from cluster.cli import AsJson, StoreUrl
 from cluster.logs import show
+from jobs.data.cli import app as data
 
 app = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(data, name="data")
 
 RecipeFile = Annotated[Path, typer.Argument(help="configs/recipes/NAME.yaml")]
 RunId = Annotated[str, typer.Argument(help="as `luthier jobs list` prints it")]

@@ -107,10 +107,17 @@ TEMPLATES = {
     "bare": (
         "{% for message in messages if message.role != 'system' %}"
         "{{ 'Q' if message.role == 'user' else 'A' }}: {{ message.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}A: {% endif %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
     ),
 }
 
+_ENDS = {  # of a turn, where it is not ChatML's
+    "llama3": "<|eot_id|>",
+    "mistral": "</s>",
+    "gemma": "<end_of_turn>",
+    "phi3": "<|end|>",
+    "bare": "<|endoftext|>",
+}
 _CONTROL = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("<s>", "</s>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>"),
@@ -152,7 +159,7 @@ def tokenizer_of(trained: dict[str, Tokenizer]) -> TokenizerOf:
     """`tokenizer_of(template name, kind)`: a tokenizer with that family's template and special tokens."""
 
     def make(template: str | None = "chatml", kind: str = "byte") -> PreTrainedTokenizerFast:
-        eos = {"llama3": "<|eot_id|>", "mistral": "</s>", "gemma": "</s>"}.get(template or "", "<|endoftext|>")
+        eos = _ENDS.get(template or "", "<|im_end|>" if template else "<|endoftext|>")
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(trained[kind].to_str()),
             bos_token="<s>",
