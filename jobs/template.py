@@ -81,7 +81,7 @@ class Template:
             if message.role == "assistant" and message.supervised:
                 start = self._start(turns, tools, whole, index)
                 end = self._end(turns, tools, whole, index, start)
-                truth.check_answer(index + 1, message, whole[start:end])
+                truth.check_answer(index + 1, message, whole[start:end], index == len(turns) - 1)
                 spans += [(start, end)] if marked is None else self._part(whole, (start, end), next(marked))
         return whole, spans
 
@@ -145,6 +145,8 @@ class Template:
             if alone.startswith(turn) or alone.rstrip().endswith(turn):
                 return stop.end()
         closed = alone.rstrip()
+        if stop and here.startswith(closed) and not here[len(closed) : stop.start() - start].strip():
+            return stop.end()  # what comes next is what generation stops at: GLM's header of the next turn
         written = here[said - start :].lstrip() if said >= start else closed[self._last_control(closed) :]
         if control := self._control.match(written):
             raise DataError(
@@ -255,7 +257,12 @@ def _turn(message: Message, as_text: bool) -> dict[str, object]:
             }
             for call in message.tool_calls
         ]
-    optional = {"tool_call_id": message.tool_call_id, "name": message.name, "reasoning_content": message.reasoning}
+    optional = {
+        "tool_call_id": message.tool_call_id,
+        "name": message.name,
+        "reasoning_content": message.reasoning,
+        "thinking": message.reasoning,  # gpt-oss's word for it
+    }
     return turn | {key: value for key, value in optional.items() if value is not None}
 
 

@@ -50,7 +50,7 @@ def check_context(conversation: Conversation, whole: str) -> None:
             raise DataError("tools: the chat template has no place for them")
 
 
-def check_answer(number: int, message: Message, learned: str) -> None:
+def check_answer(number: int, message: Message, learned: str, is_last: bool) -> None:
     """What is learned of turn `number` holds the answer, its calls with all they pass, and its reasoning."""
     thought, content = _parts(message)
     lines = content.strip().splitlines()
@@ -62,9 +62,14 @@ def check_answer(number: int, message: Message, learned: str) -> None:
             if not any(form in called for form in _written(text)):
                 raise DataError(f"turn {number}: the chat template has no place for tool calls ({text!r} is missing)")
     if thought.strip() and thought.strip().splitlines()[-1].strip() not in learned:
+        advice = (
+            "take it out of the row, or use a template that writes it"
+            if is_last
+            else "end a row with each such turn, or give this one weight 0"
+        )
         raise DataError(
             f"turn {number}: the chat template leaves out the reasoning, so that the answer would be learned without "
-            "it: end a row with each such turn, or give the turn weight 0"
+            f"it: {advice}"
         )
 
 
