@@ -25,10 +25,12 @@ Overlong = Literal["error", "drop", "truncate"]
 @dataclass(frozen=True)
 class Sample:
     """Token ids, and for each whether it is learned; both of the same length. The first token never is, because
-    nothing stands before it: so samples can lie side by side in a pack without learning from one another."""
+    nothing stands before it: so samples can lie side by side in a pack without learning from one another. `cut` tokens
+    lay behind the limit and are gone."""
 
     input_ids: list[int]
     supervised: list[bool]
+    cut: int = 0
 
 
 class Renderer:
@@ -81,7 +83,8 @@ class Renderer:
             if self._overlong == "drop":
                 return Unusable(reason, agreed=True)
             return Unusable(f"{reason}: raise it, or set data.overlong: truncate")
-        sample = Sample(ids[: self._max_tokens], [False, *supervised[1 : self._max_tokens]])
+        kept = ids[: self._max_tokens]
+        sample = Sample(kept, [False, *supervised[1 : self._max_tokens]], length - len(kept))
         if any(sample.supervised):
             return sample
         if length > self._max_tokens:

@@ -72,6 +72,7 @@ class _ShardResult:
     samples: int
     tokens: int
     supervised_tokens: int
+    cut: int
     faults: list[Fault]
 
 
@@ -209,7 +210,8 @@ def tokenise_shard(
             file_record = records.describe_file(path, key.removeprefix(keys.dataset_prefix(digest)))
     tokens = sum(len(sample.input_ids) for sample in samples)
     supervised = sum(sum(sample.supervised) for sample in samples)
-    return _ShardResult(file_record, len(samples), tokens, supervised, faults)
+    cut = sum(sample.cut > 0 for sample in samples)
+    return _ShardResult(file_record, len(samples), tokens, supervised, cut, faults)
 
 
 def _summarise(results: list[_ShardResult], digest: str) -> tuple[DatasetManifest, list[Fault]]:
@@ -220,6 +222,7 @@ def _summarise(results: list[_ShardResult], digest: str) -> tuple[DatasetManifes
         samples=sum(result.samples for result in results),
         tokens=sum(result.tokens for result in results),
         supervised_tokens=sum(result.supervised_tokens for result in results),
+        cut=sum(result.cut for result in results),
         skipped=dict(Counter(fault.reason for fault in faults)),
         created_at=records.now(),
     )

@@ -133,7 +133,10 @@ class Template:
     def _end(self, turns: Dicts, tools: Dicts | None, whole: str, index: int, start: int) -> int:
         """Where turn `index`, which starts at `start`, ends in `whole`: rules 2 and 3."""
         stop = self._stop.search(whole, start)
-        said = -1 if "tool_calls" in turns[index] else _behind(str(turns[index]["content"]), whole, start)
+        content = str(turns[index]["content"])
+        said = -1 if "tool_calls" in turns[index] else _behind(content, whole, start)
+        if said < 0 and "tool_calls" not in turns[index]:
+            raise DataError(f"turn {index + 1}: the chat template leaves out or rewrites the answer")
         if stop and start <= said <= stop.start() and not whole[said : stop.start()].strip():
             return stop.end()
         is_last = index == len(turns) - 1
@@ -148,7 +151,8 @@ class Template:
         if stop and here.startswith(closed) and not here[len(closed) : stop.start() - start].strip():
             return stop.end()  # what comes next is what generation stops at: GLM's header of the next turn
         written = here[said - start :].lstrip() if said >= start else closed[self._last_control(closed) :]
-        if control := self._control.match(written):
+        control = self._control.match(written)
+        if control and control[0] not in self.stops:
             raise DataError(
                 f"turn {index + 1}: the chat template ends it with {control[0]!r}, at which generation does not stop "
                 f"(only at {', '.join(map(repr, self.stops))}), so that no answer would end: name that token as "

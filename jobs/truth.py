@@ -82,8 +82,8 @@ def _parts(message: Message) -> tuple[str, str]:
 
 
 def _written(text: str) -> tuple[str, ...]:
-    """A text as it may stand in what is rendered: plain, or inside a JSON string."""
-    return text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]
+    """A text as it may stand in what is rendered: plain, or inside a string of JSON or Python."""
+    return text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1], repr(text)[1:-1]
 
 
 def leaves(value: object) -> Iterator[str]:

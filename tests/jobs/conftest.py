@@ -135,7 +135,8 @@ def templates() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def trained() -> dict[str, Tokenizer]:
-    """The two kinds in use: bytes (Llama 3, Qwen) and pieces with a mark for the space before (Mistral, Gemma)."""
+    """The two kinds in use: bytes (Llama 3, Qwen) and pieces with a mark for the space before (Mistral, Gemma); and an
+    old one, that knows the letters it was made from."""
     byte = Tokenizer(models.BPE())
     byte.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte.decoder = decoders.ByteLevel()
@@ -151,7 +152,13 @@ def trained() -> dict[str, Tokenizer]:
     piece.train_from_iterator(
         _CORPUS, trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", *_CONTROL, *bytes_], show_progress=False)
     )
-    return {"byte": byte, "piece": piece}
+    letters = Tokenizer(models.BPE(unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Metaspace()
+    letters.decoder = decoders.Metaspace()
+    letters.train_from_iterator(
+        [*_CORPUS, "\n"], trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", *_CONTROL], show_progress=False)
+    )
+    return {"byte": byte, "piece": piece, "letters": letters}
 
 
 @pytest.fixture(scope="session")
@@ -164,6 +171,7 @@ def tokenizer_of(trained: dict[str, Tokenizer]) -> TokenizerOf:
             tokenizer_object=Tokenizer.from_str(trained[kind].to_str()),
             bos_token="<s>",
             eos_token=eos,
+            unk_token="<unk>" if kind == "letters" else None,
             additional_special_tokens=_CONTROL,
             name_or_path=f"tiny-{template}",
         )

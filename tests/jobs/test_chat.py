@@ -316,7 +316,7 @@ def test_too_long_is_said_and_never_cut_unasked(tokenizer_of: TokenizerOf) -> No
         f"{length} tokens, {limit}", agreed=True
     )
     cut = Renderer(tokenizer, length - 1, "truncate").render(TWO_TURNS)
-    assert cut == Sample(whole.input_ids[:-1], whole.supervised[:-1])
+    assert cut == Sample(whole.input_ids[:-1], whole.supervised[:-1], cut=1)
 
 
 def test_a_cut_that_leaves_nothing_to_learn_is_refused(tokenizer_of: TokenizerOf) -> None:

@@ -102,12 +102,6 @@ def test_every_family_says_what_becomes_of_every_conversation() -> None:
             assert ends.endswith((family["eos"], *family["stops"])), name
 
 
-def test_what_no_family_learns(family: str = "llama-3") -> None:
-    """The test can fail: with one character of the mask moved it does."""
-    golden = FAMILIES[family]["golden"]["two exchanges"]
-    assert outcome(family, "two exchanges") != golden.replace("<|eot_id|>⟧", "⟧<|eot_id|>")
-
-
 def test_an_unusable_row_is_none_of_these() -> None:
     assert not any(isinstance(normalise(row), Unusable) for row in CONVERSATIONS.values())
 
