@@ -262,10 +262,11 @@ def _prepare(files: Files, recipe: Recipe, folder: Path, store: Store) -> str:
     manifest, faults = dataset.prepare(files, recipe.data, folder, store)
     for fault in faults[: dataset.EXAMPLES_SHOWN]:
         say(f"warning: left out {fault.place}: {fault.reason}")
+    cut = f", {manifest.cut:,} cut to {recipe.data.sequence_length:,} tokens" if manifest.cut else ""
     left_out = f", {sum(manifest.skipped.values())} row(s) left out" if manifest.skipped else ""
     say(
         f"data: {', '.join(name for name, _ in files)}: {manifest.samples:,} samples, {manifest.tokens:,} tokens, "
-        f"{manifest.supervised_tokens:,} supervised{left_out} (dataset {manifest.digest[:12]})"
+        f"{manifest.supervised_tokens:,} supervised{cut}{left_out} (dataset {manifest.digest[:12]})"
     )
     return manifest.digest
 

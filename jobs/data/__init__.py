@@ -26,4 +26,6 @@ names       names of people, where spaCy is installed
 replace     marks or surrogates where personal data stood
 markers     words of hate, and phrases that command a model
 near        near duplicates: MinHash, bands, groups
+sample      a row as the model will see it: tokens, what is learned of them, what is cut
+show        … printed: `luthier jobs data show`
 """

@@ -1,4 +1,4 @@
-"""`luthier jobs data …`: check, prepare, card, augment.
+"""`luthier jobs data …`: check, prepare, card, show, augment.
 
 FILES are data files; or one recipe, whose files, rules and model count, and `key=value` for it. Nothing here imports
 torch; what checks a recipe's rows by its template does.
@@ -15,6 +15,7 @@ import typer
 
 from cluster import env
 from cluster.cli import AsJson, StoreUrl
+from jobs.data.show import show
 
 if TYPE_CHECKING:
     from jobs.data.card import Card
@@ -112,6 +113,9 @@ def augment(
     say(f"{len(made):,} synthetic rows of {len(there):,} in {out}; add it to data.train")
     if model:
         say(f"and say who wrote it: data.licences: {{{out}: {{teachers: [{model}]}}}}")
+
+
+app.command()(show)
 
 
 def _card(

@@ -195,7 +195,8 @@ class Examiner:
                 "template", "remove" if sample.agreed else self._rules.template, _plain(sample.reason), sample.reason
             )
         found.tokens = len(sample.input_ids)
-        return True
+        # That rows are cut is the recipe's word (data.overlong: truncate); which ones are is worth knowing.
+        return not sample.cut or found.note("template", "warn", "cut", f"{sample.cut:,} tokens are cut off")
 
 
 @lru_cache(maxsize=1)
