@@ -157,7 +157,8 @@ def _card(
     else:
         store = open_store(url or f"file://{cache_folder().absolute() / 'checked'}")
         files = [locate_all(names, store, Path.cwd()) for names in (given, evaluation or [])]
-        request, paths = make_request(files[0], files[1], ruled or shipped)
+        licences = prepared.licences_of([*given, *(evaluation or [])])
+        request, paths = make_request(files[0], files[1], ruled or shipped, licences=licences)
         address = "auto" if os.environ.get(env.RAY_ADDRESS) else "local"
         cluster = ClusterConfig(name="data", address=address, memory_gb_per_worker=1)
     if card := prepare.answered(request, store, with_rows):

@@ -3,14 +3,17 @@
 import fcntl
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import keys, models, records
 from cluster.errors import InputError, ObjectNotFound, StoreError
+from cluster.licences.gate import Gate
 from cluster.logs import say
 from cluster.models import ModelConfig, cache_folder
 from cluster.store import Store
-from jobs.config import Recipe
+from jobs import terms
+from jobs.config import DataConfig, DataLicence, Recipe
 from jobs.data.card import Card
 from jobs.data.request import Files, Request, Template, make_request
 from jobs.data.rules import Rules
@@ -24,8 +27,14 @@ def request_of(recipe: Recipe, train: Files, evaluation: Files, folder: Path | N
         folder: the model's, where it is on this machine.
     """
     template = Template.of(recipe.model.name, folder, recipe.data) if folder else None
-    licences = {name: recipe.data.licence_of(name) for name, _ in (*train, *evaluation)}
+    licences = licences_of([name for name, _ in (*train, *evaluation)], recipe.data)
     return make_request(train, evaluation, recipe.data.rules or Rules(), template, licences)
+
+
+def licences_of(names: Sequence[str], data: DataConfig | None = None) -> dict[str, DataLicence]:
+    """What each source is under, for the card."""
+    gate = Gate.here()
+    return {name: terms.licence_of(data or DataConfig(train=tuple(names)), name, gate) for name in names}
 
 
 def asked_by(recipe: Recipe, store: Store) -> tuple[Request, list[Path]]:

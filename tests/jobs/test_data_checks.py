@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from cluster.config import load
 from cluster.errors import ConfigError, DataError
-from jobs.config import Recipe
-from jobs.data import augment, balance, stage, table, whole
+from jobs.config import DataConfig, DataLicence, Recipe
+from jobs.data import augment, balance, prepared, stage, table, whole
 from jobs.data.cli import app
 from jobs.data.examine import CHECKS, Examined, Examiner
 from jobs.data.parts import Part, read_parts
@@ -208,6 +208,14 @@ def test_another_file_rule_or_evaluation_is_another_request(tmp_path: Path) -> N
     ]
     assert len(set(digests)) == 4
     assert digest(one).digest == digests[0]
+
+
+def test_the_card_has_each_sources_licence_as_it_is_judged() -> None:
+    hub, mine = "hf://datasets/tatsu-lab/alpaca/data.json", "mine.jsonl"
+    data = DataConfig(train=(hub, mine, "more.jsonl"), licences={"more": DataLicence(licence="mit", teachers=("a/b",))})
+    found = prepared.licences_of(data.train, data)
+    assert (found[hub].licence, found[hub].teachers) == ("CC-BY-NC-4.0", ("openai/text-davinci-003",))
+    assert (found[mine].licence, found["more.jsonl"].teachers) == ("own", ("a/b",))
 
 
 def test_a_recipe_names_its_rules_and_overrides_reach_into_them() -> None:
