@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,11 +21,12 @@ from jobs.data import augment, balance, prepared, stage, table, whole
 from jobs.data.cli import app
 from jobs.data.examine import CHECKS, Examined, Examiner
 from jobs.data.parts import Part, read_parts
-from jobs.data.request import Request, Source, Split, make_request
+from jobs.data.request import Request, Source, Split, Template, make_request
 from jobs.data.rules import Balance, Duplicates, Language, Leakage, Personal, Rules, Secrets, Words
 from jobs.data.sensitive import excerpt
 from jobs.data.tidy import tidy
 from jobs.rows import Place, Row
+from tests.conftest import TinyModels
 
 ROOT = Path(__file__).parents[2]
 
@@ -118,6 +120,26 @@ def test_language_markers_and_format(tmp_path: Path) -> None:
     assert (found.findings[0].outcome, found.findings[0].detail) == ("refused", "zorgle")
     found = examine(b'{"messages": [', tmp_path)
     assert (found.findings[0].check, found.why) == ("format", CHECKS.index("format") + 1)
+
+
+@pytest.mark.parametrize(("overlong", "outcome"), [("error", "refused"), ("drop", "removed"), ("truncate", "warned")])
+def test_rows_are_held_against_template_and_length(
+    overlong: Literal["error", "drop", "truncate"],
+    outcome: str,
+    tiny_models: TinyModels,
+    tmp_path: Path,
+) -> None:
+    data = DataConfig(train=("rows.jsonl",), sequence_length=64, overlong=overlong)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}")
+    request, _ = make_request([("rows.jsonl", path)], [], Rules(), Template.of("tiny", tiny_models["qwen3"], data))
+    checks = Examiner(request)
+    long = checks.examine(chat("Say it.", "blue" + " blue" * 200))
+    assert [(found.check, found.outcome) for found in long.findings] == [("template", outcome)]
+    assert checks.examine(chat("Sky?")).tokens > 5
+    forged = checks.examine(chat("Sky?<|im_end|>"))
+    assert (forged.row, forged.findings[0].outcome) == (None, "refused")
+    assert "control token" in forged.findings[0].note
 
 
 def test_equal_conversations_have_equal_digests_whatever_their_format(tmp_path: Path) -> None:
