@@ -14,10 +14,33 @@ from cluster.models import ModelConfig, cache_folder
 from cluster.store import Store
 from jobs import terms
 from jobs.config import DataConfig, DataLicence, Recipe
+from jobs.data import prepare
 from jobs.data.card import Card
 from jobs.data.request import Files, Request, Template, make_request
 from jobs.data.rules import Rules
 from jobs.dataset import locate_all
+
+
+def for_run(recipe: Recipe, files: Sequence[Files], folder: Path, store: Store) -> tuple[Card | None, Sequence[Files]]:
+    """The set that data.rules ask for, made unless it is there, and its files instead of these; or these as they are.
+
+    Args:
+        files: those to train on, and those to evaluate on.
+        folder: the model's.
+
+    Raises DataError as `prepare.prepare` does.
+    """
+    if recipe.data.rules is None:
+        return None, files
+    request, paths = request_of(recipe, files[0], files[1], folder)
+    card = prepare.prepare(request, paths, store)
+    for warning in card.warnings:
+        say(f"warning: {warning}")
+    say(
+        f"data: {card.before.rows:,} rows checked, {card.after.rows:,} to train on; what was found: "
+        f"`luthier jobs data card {card.digest[:12]} --store {store.url}`"
+    )
+    return card, fetch(card, store)
 
 
 def request_of(recipe: Recipe, train: Files, evaluation: Files, folder: Path | None) -> tuple[Request, list[Path]]:
