@@ -144,6 +144,7 @@ def _card(
     from jobs.data.rules import Rules
     from jobs.dataset import locate_all
 
+    tell = partial(print, file=sys.stderr, flush=True) if as_json else say
     ruled = load(rules, Rules) if rules else None
     shipped = load(SHIPPED, Rules)
     if given[0].endswith((".yaml", ".yml")):
@@ -153,7 +154,7 @@ def _card(
         wanted = ruled or recipe.data.rules or shipped
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"rules": wanted})})
         store, cluster = open_store(url or recipe.store), recipe.cluster
-        request, paths = prepared.asked_by(recipe, store)
+        request, paths = prepared.asked_by(recipe, store, tell)
     else:
         store = open_store(url or f"file://{cache_folder().absolute() / 'checked'}")
         files = [locate_all(names, store, Path.cwd()) for names in (given, evaluation or [])]
@@ -164,7 +165,6 @@ def _card(
     if card := prepare.answered(request, store, with_rows):
         return card
     with joined(cluster, 1):
-        tell = partial(print, file=sys.stderr, flush=True) if as_json else say
         return (prepare.prepare if with_rows else prepare.check)(request, paths, store, tell)
 
 

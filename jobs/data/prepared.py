@@ -60,11 +60,11 @@ def licences_of(names: Sequence[str], data: DataConfig | None = None) -> dict[st
     return {name: terms.licence_of(data or DataConfig(train=tuple(names)), name, gate) for name in names}
 
 
-def asked_by(recipe: Recipe, store: Store) -> tuple[Request, list[Path]]:
+def asked_by(recipe: Recipe, store: Store, tell: prepare.Tell = say) -> tuple[Request, list[Path]]:
     """The request of a recipe that only is looked at: its model is not fetched for that."""
     folder = model_at_hand(recipe.model, store)
     if folder is None:
-        say(f"warning: {recipe.model.name} is not on this machine, so length and template are not checked")
+        tell(f"warning: {recipe.model.name} is not on this machine, so length and template are not checked")
     train, evaluation = (locate_all(names, store, Path.cwd()) for names in (recipe.data.train, recipe.data.evaluation))
     return request_of(recipe, train, evaluation, folder)
 
