@@ -2,8 +2,9 @@
 
     datasets/<digest>/{shard-00000.arrow, …, dataset.json}      dataset.json last
 
-The digest covers all that decides the samples: the bytes of the data files, the tokenizer and its template, the length
-and what is done with longer samples, and FORMAT. Runs that ask for the same thing read the same dataset.
+The digest covers all that decides the samples: the bytes of the data files, the tokenizer and its template, where
+generation stops, the length and what is done with longer samples, and FORMAT. Runs that ask for the same thing read the
+same dataset.
 
 A shard is an Arrow file with a row per sample: `input_ids` (list of int32) and `supervised` (list of bool, as long).
 """
@@ -31,7 +32,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from cluster import keys, records
-from cluster.errors import DataError, LuthierError, ObjectExists, StoreError
+from cluster.errors import DataError, LuthierError, ModelError, ObjectExists, StoreError
 from cluster.models import cache_folder
 from cluster.records import DatasetManifest, FileRecord
 from cluster.store import Store
@@ -42,7 +43,7 @@ from jobs.rows import Place, Row, Unusable, locate, read_rows
 
 Ids = npt.NDArray[np.int64]
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same rows would give other samples: old caches are then left alone."""
 
 ROWS_PER_SHARD = 2_000
@@ -55,6 +56,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "generation_config.json",  # at which tokens an answer ends
 )
 
 
@@ -73,6 +75,7 @@ class _ShardResult:
     samples: int
     tokens: int
     supervised_tokens: int
+    cut: int
     faults: list[Fault]
 
 
@@ -137,11 +140,21 @@ def dataset_digest(files: Sequence[tuple[str, Path]], data: DataConfig, model_fo
             for name in TOKENIZER_FILES
             if (model_folder / name).exists()
         ],
+        "stops": _stops(model_folder),
         "sequence_length": data.sequence_length,
         "overlong": data.overlong,
         "max_unusable": data.max_unusable,
     }
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:40]
+
+
+def _stops(folder: Path) -> object:
+    """Where generation stops by config.json, which counts where the folder has no settings for generation."""
+    path = folder / "config.json"
+    if (folder / "generation_config.json").exists() or not path.exists():
+        return None
+    config = json.loads(path.read_text())
+    return config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
 
 
 def _check_tokenizer(model_folder: Path, data: DataConfig) -> None:
@@ -177,7 +190,10 @@ def tokenise_shard(
     with _without_collections():
         for place, row in rows:
             example = row if isinstance(row, Unusable) else normalise(row)
-            sample = example if isinstance(example, Unusable) else renderer.render(example)
+            try:
+                sample = example if isinstance(example, Unusable) else renderer.render(example)
+            except ModelError as error:  # found at the first row that needs the template
+                raise ModelError(f"{place}: {error}") from error
             if isinstance(sample, Unusable):
                 faults.append(Fault(str(place), sample.reason, sample.agreed))
             else:
@@ -191,7 +207,7 @@ def tokenise_shard(
             key = keys.dataset_shard(digest, index)
             store.upload(path, key)
             file_record = records.describe_file(path, key.removeprefix(keys.dataset_prefix(digest)))
-    return _ShardResult(file_record, len(shard.lengths), len(shard.ids), sum(shard.marks), faults)
+    return _ShardResult(file_record, len(shard.lengths), len(shard.ids), sum(shard.marks), shard.cut, faults)
 
 
 @contextmanager
@@ -213,11 +229,13 @@ class _Columns:
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
+        self.cut = 0  # samples whose end is missing
         self.ids = array("i")
         self.marks = bytearray()
 
     def add(self, sample: Sample) -> None:
         self.lengths.append(len(sample.input_ids))
+        self.cut += sample.cut > 0
         self.ids.extend(sample.input_ids)
         self.marks += bytes(sample.supervised)
 
@@ -249,6 +267,7 @@ def _summarise(results: list[_ShardResult], digest: str) -> tuple[DatasetManifes
         samples=sum(result.samples for result in results),
         tokens=sum(result.tokens for result in results),
         supervised_tokens=sum(result.supervised_tokens for result in results),
+        cut=sum(result.cut for result in results),
         skipped=dict(Counter(fault.reason for fault in faults)),
         created_at=records.now(),
     )
