@@ -4,7 +4,8 @@ What is learned of a conversation is found on its text (`template.py`), which is
 offsets. What cannot be used is Unusable, with the turn and the reason.
 """
 
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +55,7 @@ class Renderer:
         self._max_tokens = max_tokens
         self._overlong = overlong
         self._probed = False
+        self._headers: dict[str, list[int]] = {}  # tokens of what comes before answers, by its text
         if not tokenizer.is_fast:
             raise ModelError(f"{self._model}: a tokenizer.json is needed, which says which text each token covers")
         if tokenizer.eos_token_id is None:
@@ -114,16 +116,22 @@ class Renderer:
         return [*ids, self._tokenizer.eos_token_id], [*supervised, True]
 
     def _conversation(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
-        whole, spans = self._template.rendered(conversation)
+        whole, spans, starts = self._template.rendered(conversation)
         learned = whole[: spans[-1][1]]  # nothing is learned from what follows
-        ids, supervised = self._encoded(learned, spans, add_special_tokens=False)
+        ids, supervised = self._encoded(learned, spans, add_special_tokens=False, starts=starts)
         self._check_one_start(ids, "take one out of the chat template")
         if not self._template.is_closed(learned):  # a template that closes no turn
             return [*ids, self._tokenizer.eos_token_id], [*supervised, True]
         return ids, supervised
 
-    def _encoded(self, text: str, spans: list[Span], add_special_tokens: bool) -> tuple[list[int], list[bool]]:
-        """Tokens of the text; learned are those that cover any character of a span."""
+    def _encoded(
+        self, text: str, spans: list[Span], add_special_tokens: bool, starts: Sequence[int] = ()
+    ) -> tuple[list[int], list[bool]]:
+        """Tokens of the text; learned are those that cover any character of a span.
+
+        Args:
+            starts: where answers begin: up to there the tokens are those that the model is asked with.
+        """
         encoded = self._tokenizer(
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False
         )
@@ -139,13 +147,34 @@ class Renderer:
                 raise DataError(
                     f"{text[token_start:token_end]!r} is not in the vocabulary: nothing would be learned of it"
                 )
-            if token_start < start < token_end and not add_special_tokens:
+            if token_start < start < token_end and start in starts:
                 raise DataError(
                     f"the token {text[token_start:token_end]!r} holds the end of what the model is asked with and the "
                     "beginning of the answer: served, it would be asked with other tokens. Take white space from the "
                     "answer's beginning, or from the end of the template's generation prompt"
                 )
+        places = [token_start for token_start, _ in encoded["offset_mapping"]]
+        for begin in reversed(starts):
+            if text[:begin][-1:].isspace():
+                self._ask(text, begin, places, ids, supervised)
         return ids, supervised
+
+    def _ask(self, text: str, begin: int, places: list[int], ids: list[int], supervised: list[bool]) -> None:
+        """Put the tokens of a header by itself in the place of those that it has with an answer behind it.
+
+        Some tokenizers join all white space at the end of a text (two newlines), which is where a server's prompt ends,
+        and leave the last one apart where words follow.
+        """
+        header = self._template.header(text, begin)
+        if header is None:
+            return
+        if header not in self._headers:
+            self._headers[header] = list(self._tokenizer(header, add_special_tokens=False, verbose=False)["input_ids"])
+        asked = self._headers[header]
+        first, behind = bisect_left(places, begin - len(header)), bisect_left(places, begin)
+        if ids[first:behind] != asked:
+            supervised[first:behind] = [False] * len(asked)
+            ids[first:behind] = asked
 
     @cached_property
     def _unknown(self) -> int | None:
