@@ -4,10 +4,11 @@ What is learned of a conversation is found on its text (`template.py`), which is
 offsets. What cannot be used is Unusable, with the turn and the reason.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -135,31 +136,27 @@ class Renderer:
         encoded = self._tokenizer(
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False
         )
-        ids = list(encoded["input_ids"])
-        supervised = []
-        remaining = iter([*spans, (len(text) + 1, len(text) + 1)])
-        start, end = next(remaining)
-        for number, (token_start, token_end) in zip(ids, encoded["offset_mapping"], strict=True):
-            while token_start >= end:
-                start, end = next(remaining)
-            supervised.append(token_end > start)
-            if token_end > start and number == self._unknown:
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        supervised = [False] * len(ids)
+        for start, end in spans:
+            first, behind = bisect_right(offsets, start, key=itemgetter(1)), _place(offsets, end)
+            supervised[first:behind] = [True] * (behind - first)
+            if start in starts and first < behind and offsets[first][0] < start:
                 raise DataError(
-                    f"{text[token_start:token_end]!r} is not in the vocabulary: nothing would be learned of it"
-                )
-            if token_start < start < token_end and start in starts:
-                raise DataError(
-                    f"the token {text[token_start:token_end]!r} holds the end of what the model is asked with and the "
+                    f"the token {text[slice(*offsets[first])]!r} holds the end of what the model is asked with and the "
                     "beginning of the answer: served, it would be asked with other tokens. Take white space from the "
                     "answer's beginning, or from the end of the template's generation prompt"
                 )
-        places = [token_start for token_start, _ in encoded["offset_mapping"]]
+        if self._unknown is not None and self._unknown in ids:
+            for number, learned, place in zip(ids, supervised, offsets, strict=True):
+                if learned and number == self._unknown:
+                    raise DataError(f"{text[slice(*place)]!r} is not in the vocabulary: nothing would be learned of it")
         for begin in reversed(starts):
-            if text[:begin][-1:].isspace():
-                self._ask(text, begin, places, ids, supervised)
+            if text[max(0, begin - 2) : begin].isspace():
+                self._ask(text, begin, offsets, ids, supervised)
         return ids, supervised
 
-    def _ask(self, text: str, begin: int, places: list[int], ids: list[int], supervised: list[bool]) -> None:
+    def _ask(self, text: str, begin: int, offsets: list[Span], ids: list[int], supervised: list[bool]) -> None:
         """Put the tokens of a header by itself in the place of those that it has with an answer behind it.
 
         Some tokenizers join all white space at the end of a text (two newlines), which is where a server's prompt ends,
@@ -171,7 +168,7 @@ class Renderer:
         if header not in self._headers:
             self._headers[header] = list(self._tokenizer(header, add_special_tokens=False, verbose=False)["input_ids"])
         asked = self._headers[header]
-        first, behind = bisect_left(places, begin - len(header)), bisect_left(places, begin)
+        first, behind = _place(offsets, begin - len(header)), _place(offsets, begin)
         if ids[first:behind] != asked:
             supervised[first:behind] = [False] * len(asked)
             ids[first:behind] = asked
@@ -188,6 +185,11 @@ class Renderer:
         bos = self._tokenizer.bos_token_id
         if bos is not None and bos != self._tokenizer.eos_token_id and ids[:2] == [bos, bos]:
             raise DataError(f"begins with two BOS tokens ({self._tokenizer.bos_token!r}): {advice}")
+
+
+def _place(offsets: list[Span], character: int) -> int:
+    """The first token that begins at this character or behind it."""
+    return bisect_left(offsets, character, key=itemgetter(0))
 
 
 def _stops_beside(tokenizer: "PreTrainedTokenizerBase") -> Iterable[int]:

@@ -59,6 +59,7 @@ class Template:
         self._model = tokenizer.name_or_path or "the model"
         decoded = {str(tokenizer.decode([number])) for number in {tokenizer.eos_token_id, *stops}}
         self.stops = tuple(sorted((text for text in decoded if text.strip()), key=len, reverse=True))
+        self._has_markers: dict[bool, bool] = {}
         self._stop = re.compile("|".join(map(re.escape, self.stops)))
 
     def check_exists(self) -> None:
@@ -101,8 +102,11 @@ class Template:
     def _marked(self, conversation: Conversation, turns: Dicts, tools: Dicts | None) -> Iterator[Span] | None:
         """The part of each turn that the template's own {% generation %} markers give; None when it has none, or when
         they don't cover every turn."""
+        kind = tools is not None  # a tokenizer may have a template of its own for tools
+        if kind not in self._has_markers:
+            self._has_markers[kind] = bool(_MARKER.search(self._source(tools)))
         answers = [message for message in conversation.messages if message.role == "assistant"]
-        if not _MARKER.search(self._source(tools)) or not all(message.supervised for message in answers):
+        if not self._has_markers[kind] or not all(message.supervised for message in answers):
             return None
         encoded = self._tokenizer.apply_chat_template(
             turns,
