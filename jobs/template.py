@@ -127,6 +127,10 @@ class Template:
         stops = [found.start() for found in self._stop.finditer(whole, start, end)]
         stop = stops[-1] if stops else end
         begins, ends = max(start, marked[0]), min(marked[1], stop)
+        if not whole[begins:ends].strip():
+            raise DataError(
+                "the chat template's {% generation %} markers leave the answers out: nothing would be learned"
+            )
         return [(begins, ends), (stop, end)] if whole[ends:stop].strip() else [(begins, end)]
 
     def _start(self, turns: Dicts, tools: Dicts | None, whole: str, index: int) -> int:
