@@ -35,8 +35,7 @@ from cluster.who import submitter
 from jobs import dataset, limits, runs, terms
 from jobs.attempts import Attempts
 from jobs.config import FullConfig, LoraConfig, Method, Recipe
-from jobs.data import prepare, prepared
-from jobs.data.card import Card
+from jobs.data import prepared
 from jobs.data.request import Files
 from jobs.plan import Plan, make_plan, shape_of
 
@@ -86,9 +85,7 @@ def begin(
     plan = make_plan(recipe, shape)
     _check_model(folder, recipe)
     say(summary(recipe, plan))
-    card = _check_data(files, recipe, folder, store)
-    if card:
-        files = prepared.fetch(card, store)
+    card, files = prepared.for_run(recipe, files, folder, store)
     tokenised = [_prepare(some, recipe, folder, store) for some in files if some]
     record = _write_record(store, recipe, base, tokenised, parent, licences, card.digest if card else None)
     say(f"run {record.run_id} in {store.url}")
@@ -241,21 +238,6 @@ def _check_model(folder: Path, recipe: Recipe) -> None:
     from jobs.model import skeleton
 
     check_targets(skeleton(folder), recipe.method)
-
-
-def _check_data(files: Sequence[Files], recipe: Recipe, folder: Path, store: Store) -> Card | None:
-    """The prepared set that data.rules ask for; None where the rows are taken as they are. Raises DataError."""
-    if recipe.data.rules is None:
-        return None
-    request, paths = prepared.request_of(recipe, files[0], files[1], folder)
-    card = prepare.prepare(request, paths, store)
-    for warning in card.warnings:
-        say(f"warning: {warning}")
-    say(
-        f"data: {card.before.rows:,} rows checked, {card.after.rows:,} to train on; what was found: "
-        f"`luthier jobs data card {card.digest[:12]} --store {store.url}`"
-    )
-    return card
 
 
 def _prepare(files: Files, recipe: Recipe, folder: Path, store: Store) -> str:

@@ -15,6 +15,7 @@ import typer
 
 from cluster import env
 from cluster.cli import AsJson, StoreUrl
+from jobs.data.rules import SHIPPED
 from jobs.data.show import show
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ app = typer.Typer(
 )
 
 Given = Annotated[list[str], typer.Argument(help="data files; or configs/recipes/NAME.yaml, and key=value …")]
-RulesFile = Annotated[Path | None, typer.Option("--rules", help="configs/policy/data.yaml")]
+RulesFile = Annotated[
+    Path | None, typer.Option("--rules", help="what is looked for; default: the recipe's, or configs/policy/data.yaml")
+]
 Evaluation = Annotated[list[str] | None, typer.Option("--evaluation", help="a file that must not be in the others")]
 AnyStore = Annotated[
     str | None,
@@ -141,25 +144,27 @@ def _card(
     from jobs.data.rules import Rules
     from jobs.dataset import locate_all
 
+    tell = partial(print, file=sys.stderr, flush=True) if as_json else say
     ruled = load(rules, Rules) if rules else None
+    shipped = load(SHIPPED, Rules)
     if given[0].endswith((".yaml", ".yml")):
         recipe = load(Path(given[0]), Recipe, given[1:])
         if evaluation:
             raise ConfigError([Fault("command line", "--evaluation", "a recipe names its own, in data.evaluation")])
-        if ruled:
-            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"rules": ruled})})
+        wanted = ruled or recipe.data.rules or shipped
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"rules": wanted})})
         store, cluster = open_store(url or recipe.store), recipe.cluster
-        request, paths = prepared.asked_by(recipe, store)
+        request, paths = prepared.asked_by(recipe, store, tell)
     else:
         store = open_store(url or f"file://{cache_folder().absolute() / 'checked'}")
         files = [locate_all(names, store, Path.cwd()) for names in (given, evaluation or [])]
-        request, paths = make_request(files[0], files[1], ruled or Rules())
+        licences = prepared.licences_of([*given, *(evaluation or [])])
+        request, paths = make_request(files[0], files[1], ruled or shipped, licences=licences)
         address = "auto" if os.environ.get(env.RAY_ADDRESS) else "local"
         cluster = ClusterConfig(name="data", address=address, memory_gb_per_worker=1)
     if card := prepare.answered(request, store, with_rows):
         return card
     with joined(cluster, 1):
-        tell = partial(print, file=sys.stderr, flush=True) if as_json else say
         return (prepare.prepare if with_rows else prepare.check)(request, paths, store, tell)
 
 

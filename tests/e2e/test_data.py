@@ -25,6 +25,7 @@ from cluster.store import Store, open_store
 from jobs.data import prepare, prepared
 from jobs.data.request import make_request
 from jobs.data.rules import Balance, Duplicates, Rules
+from scripts.benchmarks.data_planted import personal
 from tests.e2e.submit import ROOT, start, until, write_rows
 
 SHARED_DATA = ROOT.parent / "shared" / "data"
@@ -160,6 +161,29 @@ def test_what_a_rule_refuses_ends_with_file_and_line(ray_cluster: LocalCluster, 
     )
     with pytest.raises(DataError, match=r"twice\.jsonl:3: duplicates: says the same as twice\.jsonl:2"):
         prepare.prepare(request, paths, open_store(store))
+
+
+def test_a_prepared_set_holds_none_of_the_planted_values(ray_here: None, tmp_path: Path) -> None:
+    """English, Chinese, and a copy of the Alpaca set where it lies beside the checkout; by the rules that ship."""
+    sets = {"en": personal(5, 300, "en"), "zh": personal(5, 300, "zh")}
+    alpaca = SHARED_DATA / "alpaca_en_demo.json"
+    if alpaca.exists():
+        texts = [f"{row['instruction']} {row['output']}" for row in json.loads(alpaca.read_text())]
+        sets["alpaca"] = personal(5, len(texts), "en", texts)
+    files = [
+        (name, write_rows(tmp_path / f"{name}.jsonl", [chat("Say it again.", planted.text) for planted in some]))
+        for name, some in sets.items()
+    ]
+    values = {planted.text[start:end] for some in sets.values() for planted in some for start, end, _ in planted.spans}
+    store = open_store(f"file://{tmp_path}/store")
+    card = prepare.prepare(*make_request(files, [], load(ROOT / "configs/policy/data.yaml", Rules)), store)
+    kept = [json.loads(line) for _, path in prepared.fetch(card, store)[0] for line in path.read_text().splitlines()]
+    texts = "\n".join(row["messages"][1]["content"] for row in kept) + card.model_dump_json()
+    assert [value for value in values if value in texts] == []
+    # Values alone may repeat between rows, and rows may hold several of a kind: counted are rows and kinds.
+    told = sum(found.counts["mended"] for name, found in card.found.items() if name in ("personal", "secrets"))
+    planted_kinds = sum(len({kind for *_, kind in planted.spans}) for some in sets.values() for planted in some)
+    assert 0.95 * planted_kinds <= told <= 1.05 * planted_kinds
 
 
 MILLION = 1_000_000

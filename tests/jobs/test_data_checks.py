@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,16 +16,17 @@ from typer.testing import CliRunner
 
 from cluster.config import load
 from cluster.errors import ConfigError, DataError
-from jobs.config import Recipe
-from jobs.data import augment, balance, stage, table, whole
+from jobs.config import DataConfig, DataLicence, Recipe
+from jobs.data import augment, balance, prepared, stage, table, whole
 from jobs.data.cli import app
 from jobs.data.examine import CHECKS, Examined, Examiner
 from jobs.data.parts import Part, read_parts
-from jobs.data.request import Request, Source, Split, make_request
+from jobs.data.request import Request, Source, Split, Template, make_request
 from jobs.data.rules import Balance, Duplicates, Language, Leakage, Personal, Rules, Secrets, Words
 from jobs.data.sensitive import excerpt
 from jobs.data.tidy import tidy
 from jobs.rows import Place, Row
+from tests.conftest import TinyModels
 
 ROOT = Path(__file__).parents[2]
 
@@ -120,6 +122,26 @@ def test_language_markers_and_format(tmp_path: Path) -> None:
     assert (found.findings[0].check, found.why) == ("format", CHECKS.index("format") + 1)
 
 
+@pytest.mark.parametrize(("overlong", "outcome"), [("error", "refused"), ("drop", "removed"), ("truncate", "warned")])
+def test_rows_are_held_against_template_and_length(
+    overlong: Literal["error", "drop", "truncate"],
+    outcome: str,
+    tiny_models: TinyModels,
+    tmp_path: Path,
+) -> None:
+    data = DataConfig(train=("rows.jsonl",), sequence_length=64, overlong=overlong)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}")
+    request, _ = make_request([("rows.jsonl", path)], [], Rules(), Template.of("tiny", tiny_models["qwen3"], data))
+    checks = Examiner(request)
+    long = checks.examine(chat("Say it.", "blue" + " blue" * 200))
+    assert [(found.check, found.outcome) for found in long.findings] == [("template", outcome)]
+    assert checks.examine(chat("Sky?")).tokens > 5
+    forged = checks.examine(chat("Sky?<|im_end|>"))
+    assert (forged.row, forged.findings[0].outcome) == (None, "refused")
+    assert "control token" in forged.findings[0].note
+
+
 def test_equal_conversations_have_equal_digests_whatever_their_format(tmp_path: Path) -> None:
     alpaca: Row = {"instruction": "Sky?", "input": "", "output": "Blue. "}
     digests = {examine(row, tmp_path).digest for row in (chat("Sky?"), chat(" Sky?\n"), alpaca)}
@@ -208,6 +230,14 @@ def test_another_file_rule_or_evaluation_is_another_request(tmp_path: Path) -> N
     ]
     assert len(set(digests)) == 4
     assert digest(one).digest == digests[0]
+
+
+def test_the_card_has_each_sources_licence_as_it_is_judged() -> None:
+    hub, mine = "hf://datasets/tatsu-lab/alpaca/data.json", "mine.jsonl"
+    data = DataConfig(train=(hub, mine, "more.jsonl"), licences={"more": DataLicence(licence="mit", teachers=("a/b",))})
+    found = prepared.licences_of(data.train, data)
+    assert (found[hub].licence, found[hub].teachers) == ("CC-BY-NC-4.0", ("openai/text-davinci-003",))
+    assert (found[mine].licence, found["more.jsonl"].teachers) == ("own", ("a/b",))
 
 
 def test_a_recipe_names_its_rules_and_overrides_reach_into_them() -> None:
