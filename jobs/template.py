@@ -39,6 +39,7 @@ Dicts = list[dict[str, object]]  # turns, or tools, as templates take them
 
 PROBE = Conversation((Message("user", "Which colour?"), Message("assistant", "Blue it is.")))
 _CALL = Message("assistant", "", (ToolCall("probe", {"colour": "blue"}, "call00000"),))
+_HEADER_CHARACTERS = 200  # more than any family writes before an answer
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -58,14 +59,15 @@ class Template:
         self._model = tokenizer.name_or_path or "the model"
         decoded = {str(tokenizer.decode([number])) for number in {tokenizer.eos_token_id, *stops}}
         self.stops = tuple(sorted((text for text in decoded if text.strip()), key=len, reverse=True))
+        self._has_markers: dict[bool, bool] = {}
         self._stop = re.compile("|".join(map(re.escape, self.stops)))
 
     def check_exists(self) -> None:
         """Raise ModelError when the tokenizer has none."""
         self._source(None)
 
-    def rendered(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The conversation's text, and what is learned of it, in order. Raises DataError, ModelError."""
+    def rendered(self, conversation: Conversation) -> tuple[str, list[Span], list[int]]:
+        """The text, what of it is learned, and where learned turns begin. Raises DataError, ModelError."""
         as_text = any(message.tool_calls for message in conversation.messages) and self._takes_arguments_as_text
         turns = [_turn(message, as_text) for message in conversation.messages]
         tools = [dict(tool) for tool in conversation.tools] or None
@@ -77,13 +79,21 @@ class Template:
             raise DataError("tools: the chat template has no place for them")
         marked = self._marked(conversation, turns, tools)
         spans: list[Span] = []
+        starts = []
         for index, message in enumerate(conversation.messages):
             if message.role == "assistant" and message.supervised:
                 start = self._start(turns, tools, whole, index)
                 end = self._end(turns, tools, whole, index, start)
                 truth.check_answer(index + 1, message, whole[start:end], index == len(turns) - 1)
+                starts.append(start)
                 spans += [(start, end)] if marked is None else self._part(whole, (start, end), next(marked))
-        return whole, spans
+        return whole, spans, starts
+
+    def header(self, text: str, end: int) -> str | None:
+        """What stands before an answer that begins at `end`, from the last special token on; None without any."""
+        before = text[max(0, end - _HEADER_CHARACTERS) : end]
+        found = [match.start() for match in self._control.finditer(before)]
+        return before[found[-1] :] if found else None
 
     def is_closed(self, text: str) -> bool:
         """Whether generation would have stopped at the end of this text."""
@@ -92,8 +102,11 @@ class Template:
     def _marked(self, conversation: Conversation, turns: Dicts, tools: Dicts | None) -> Iterator[Span] | None:
         """The part of each turn that the template's own {% generation %} markers give; None when it has none, or when
         they don't cover every turn."""
+        kind = tools is not None  # a tokenizer may have a template of its own for tools
+        if kind not in self._has_markers:
+            self._has_markers[kind] = bool(_MARKER.search(self._source(tools)))
         answers = [message for message in conversation.messages if message.role == "assistant"]
-        if not _MARKER.search(self._source(tools)) or not all(message.supervised for message in answers):
+        if not self._has_markers[kind] or not all(message.supervised for message in answers):
             return None
         encoded = self._tokenizer.apply_chat_template(
             turns,
@@ -114,6 +127,10 @@ class Template:
         stops = [found.start() for found in self._stop.finditer(whole, start, end)]
         stop = stops[-1] if stops else end
         begins, ends = max(start, marked[0]), min(marked[1], stop)
+        if not whole[begins:ends].strip():
+            raise DataError(
+                "the chat template's {% generation %} markers leave the answers out: nothing would be learned"
+            )
         return [(begins, ends), (stop, end)] if whole[ends:stop].strip() else [(begins, end)]
 
     def _start(self, turns: Dicts, tools: Dicts | None, whole: str, index: int) -> int:

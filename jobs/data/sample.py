@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from cluster.errors import DataError, ModelError
 from jobs.chat import Overlong, Renderer
+from jobs.data.rules import Rules
 from jobs.formats import normalise
 from jobs.rows import Place, Row, Unusable
 
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LEARNED = "⟦", "⟧"
+_PICTURES = (
+    {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+    | {0x7F: "␡"}
+    | dict.fromkeys(range(0x80, 0xA0), "\N{REPLACEMENT CHARACTER}")
+)
+"""Control characters as pictures, so that a row cannot command the terminal that shows it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Piece:
 class Shown:
     """A sample with what stands in its way, if anything: `left_out` is why the recipe leaves it out.
 
-    `cut_ids` and `cut_supervised` are what lies behind the limit.
+    `cut_ids` and `cut_supervised` are what lies behind the limit; `mended` is what the recipe's rules put right.
     """
 
     place: str
@@ -42,17 +49,39 @@ class Shown:
     cut_ids: list[int]
     cut_supervised: list[bool]
     left_out: str | None
+    mended: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
         kept = f"{self.place}: {len(self.input_ids):,} tokens, {sum(self.supervised):,} learned"
         if self.cut_ids:
             kept += f"; cut: {len(self.cut_ids):,} tokens, {sum(self.cut_supervised):,} of them to learn"
+        kept += f"; put right: {', '.join(self.mended)}" if self.mended else ""
         return kept + (f"; left out: {self.left_out}" if self.left_out else "")
 
 
+def ruled(place: Place, row: Row | Unusable, rules: Rules) -> tuple[Row | Unusable, tuple[str, ...]]:
+    """The row as the rules leave it, and what they put right. Raises DataError where they take it out."""
+    from jobs.data.examine import Examiner  # here, because few recipes have rules
+    from jobs.data.request import make_request
+
+    if isinstance(row, Unusable):
+        return row, ()
+    request, _ = make_request([], [], rules)
+    examined = Examiner(request).examine(row)
+    if examined.row is None:
+        last = examined.findings[-1]
+        raise DataError(f"{place}: {last.outcome} by data.rules: {last.check}: {last.note}")
+    return examined.row, tuple(f"{found.check} ({found.note})" for found in examined.findings if found.now)
+
+
 def look(
-    tokenizer: "PreTrainedTokenizerBase", place: Place, row: Row | Unusable, max_tokens: int, overlong: Overlong
+    tokenizer: "PreTrainedTokenizerBase",
+    place: Place,
+    row: Row | Unusable,
+    max_tokens: int,
+    overlong: Overlong,
+    mended: tuple[str, ...] = (),
 ) -> Shown:
     """What becomes of a row. Raises DataError and ModelError with its place, where it would be refused."""
     example = row if isinstance(row, Unusable) else normalise(row)
@@ -73,6 +102,7 @@ def look(
         ids[max_tokens:],
         supervised[max_tokens:],
         fitted.reason if isinstance(fitted, Unusable) else None,
+        mended,
     )
 
 
@@ -86,7 +116,7 @@ def pieces(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], supervised:
         end += len(list(run))
         # All up to here, not the run alone: some decoders take the space from whatever comes first.
         whole = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
-        found.append(Piece(whole[len(done) :], learned, control))
+        found.append(Piece(whole[len(done) :].translate(_PICTURES), learned, control))
         done = whole
     return found
 

@@ -4,7 +4,8 @@
     luthier jobs data show configs/recipes/NAME.yaml --sample 3 train.steps=1
 
 On a terminal what is learned is green and control tokens are bold; in a pipe what is learned stands in ⟦ ⟧. It is
-what `jobs.dataset` makes of the row, by the same code; a row that would be refused is refused here in the same words.
+what `jobs.dataset` makes of the row, by the same code, after the recipe's data.rules; a row that would be refused is
+refused here in the same words. What only the whole set decides (duplicates, leakage) is not looked at.
 """
 
 import json
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from cluster.models import ModelConfig
     from jobs.chat import Overlong
+    from jobs.data.rules import Rules
     from jobs.data.sample import Shown
     from jobs.rows import Place, Row, Unusable
 
@@ -51,11 +53,12 @@ def show(
         raise ConfigError([Fault("command line", "--line", "give a row by --sample or by --line, not by both")])
     wanted = _from_recipe(given, model, file, store) if given[0].endswith((".yaml", ".yml")) else None
     wanted = wanted or _from_file(given, model, length, store)
-    from jobs.data.sample import look
+    from jobs.data.sample import look, ruled
 
     place, row = _row(wanted, sample, line)
+    row, mended = (row, ()) if wanted.rules is None else ruled(place, row, wanted.rules)
     with _tokenizer(wanted) as tokenizer:
-        shown = look(tokenizer, place, row, wanted.max_tokens, wanted.overlong)
+        shown = look(tokenizer, place, row, wanted.max_tokens, wanted.overlong, mended)
         print_shown(tokenizer, shown, as_json)
 
 
@@ -77,6 +80,7 @@ def print_shown(tokenizer: "PreTrainedTokenizerBase", shown: "Shown", as_json: b
                     "cut_tokens": len(shown.cut_ids),
                     "cut_supervised_tokens": sum(shown.cut_supervised),
                     "left_out": shown.left_out,
+                    "mended": shown.mended,
                     "text": marked(runs),
                     "input_ids": shown.input_ids,
                     "supervised": shown.supervised,
@@ -107,6 +111,7 @@ class _Wanted:
     store: str | None
     max_tokens: int
     overlong: "Overlong"
+    rules: "Rules | None" = None
 
 
 def _from_recipe(given: list[str], model: str | None, file: str | None, store: str | None) -> _Wanted:
@@ -122,7 +127,7 @@ def _from_recipe(given: list[str], model: str | None, file: str | None, store: s
     url = store or recipe.store
     path = _located(name, url if name.startswith("store:") else None)
     chosen = _model(model) if model else recipe.model
-    return _Wanted(name, path, chosen, url, recipe.data.sequence_length, recipe.data.overlong)
+    return _Wanted(name, path, chosen, url, recipe.data.sequence_length, recipe.data.overlong, recipe.data.rules)
 
 
 def _from_file(given: list[str], model: str | None, length: int | None, store: str | None) -> _Wanted:
@@ -168,7 +173,7 @@ def _row(wanted: _Wanted, sample: int | None, line: int | None) -> "tuple[Place,
 @contextmanager
 def _tokenizer(wanted: _Wanted) -> "Iterator[PreTrainedTokenizerBase]":
     """The model's tokenizer; of a mirrored model nothing else is fetched. Raises ModelError."""
-    from cluster import keys, models, records
+    from cluster import hub, keys, models, records
     from cluster.errors import ModelError
     from cluster.store import open_existing
     from jobs.dataset import TOKENIZER_FILES
@@ -183,7 +188,8 @@ def _tokenizer(wanted: _Wanted) -> "Iterator[PreTrainedTokenizerBase]":
         return
     store = open_existing(wanted.store) if wanted.store else None
     if model.is_hub and not (store and store.exists(keys.model_manifest(model.name, model.revision or ""))):
-        yield load_tokenizer(models.from_hub(model))
+        revision = model.revision or hub.newest(model.source)
+        yield load_tokenizer(hub.fetch(model.source, revision, (*TOKENIZER_FILES, "config.json")))
         return
     if store is None:
         raise ModelError(f"{model.name} is in a store: name it by --store")

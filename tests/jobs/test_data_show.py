@@ -108,6 +108,34 @@ def test_a_recipe_brings_its_model_its_files_and_its_length(
     assert (code, "nowhere.jsonl is none of the recipe's" in err) == (2, True)
 
 
+def test_a_recipes_rules_have_been_at_the_row(show: Show, model: Path, tmp_path: Path) -> None:
+    asked, answer = (
+        {"role": "user", "content": "My  mail is a.nother@posteo.de"},
+        {"role": "assistant", "content": "Hm."},
+    )
+    key = {"role": "user", "content": "key AKIA" + "QYLPMN5HHHFPZAM2"}  # as AWS writes them
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": [turn, answer]} for turn in (asked, key)])
+    recipe = write_recipe(tmp_path, model, [data], store=f"file://{tmp_path}/store")
+    rules = ["data.rules.personal.do=mask", "data.rules.secrets.do=refuse", "data.rules.language.do=off"]
+    code, out, err = show(recipe, *rules, "--line", 1)
+    assert code == 0, err
+    assert "a.nother@posteo.de" not in out
+    assert "put right: personal (" in out
+    code, _, err = show(recipe, *rules, "--line", 2)
+    assert code == 2
+    assert f"{data}:2: refused by data.rules: secrets" in err
+    assert "a.nother@posteo.de" in show(recipe, "--line", 1)[1]
+
+
+def test_a_row_cannot_command_the_terminal(show: Show, model: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "\x1b[2J\x07"}, {"role": "assistant", "content": "Hm.\x9b1A"}]
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}])
+    code, out, _ = show(data, "--model", model)
+    assert code == 0
+    assert "␛[2J␇" in out
+    assert not set(out) & {"\x1b", "\x07", "\x9b"}
+
+
 def test_of_a_mirrored_model_the_tokenizer_alone_is_fetched(
     show: Show, data: Path, model: Path, tmp_path: Path
 ) -> None:

@@ -91,6 +91,13 @@ REFUSED = {
         length=40,
         overlong="error",
     ),
+    "answers masked by the template's own markers": Case(
+        "markers leave the answers out: nothing would be learned",
+        template=LOOP + "{% if m.role == 'user' %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% else %}"
+        "{% generation %}<|im_start|>assistant\n{% endgeneration %}{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        line=1,
+    ),
     "answer dropped": Case(
         "turn 2: the chat template leaves out or rewrites the answer",
         [ASKED, said("assistant", "Blue it is, ofOslo"), ASKED, ANSWERED],
