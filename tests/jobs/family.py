@@ -7,8 +7,9 @@ Only the training is made up: weights are some bytes, losses are numbers.
 """
 
 import json
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster import keys, made, models, records, registry
@@ -35,6 +36,11 @@ class Family:
     folder: Path
     model: Path
     runs: dict[str, RunRecord] = field(default_factory=dict)
+
+    def copy(self, folder: Path) -> "Family":
+        """Another one that is the same, to be spoilt."""
+        shutil.copytree(self.folder / "store", folder / "store")
+        return replace(self, store=FolderStore(folder / "store"), folder=folder, runs=dict(self.runs))
 
     def train(
         self,

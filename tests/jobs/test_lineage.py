@@ -75,9 +75,8 @@ def test_every_digest_is_of_what_it_says(family: Family) -> None:
     assert first.sources[0].licence == "cc-by-4.0"
 
 
-def test_links_that_are_broken_are_shown_as_such(tmp_path: Path, tiny_models: TinyModels) -> None:
-    family = make_family(tmp_path, tiny_models["qwen3"])
-    store, first, child = family.store, family.runs["first"], family.runs["child"]
+def test_links_that_are_broken_are_shown_as_such(family: Family, tmp_path: Path) -> None:
+    store, first, child = family.copy(tmp_path).store, family.runs["first"], family.runs["child"]
     store.delete(keys.run_record(first.run_id))
     store.delete(keys.dataset_manifest(child.dataset))
     store.put(keys.adapter_record("clean", 1), b"{}")
@@ -125,8 +124,8 @@ def test_all_that_learned_a_text_is_listed(family: Family, text: str, tmp_path: 
     assert f"stop serving it: luthier cluster alias first@stable --remove --store {store.url}" in told
 
 
-def test_what_nobody_learned_and_what_could_not_be_searched(tmp_path: Path, tiny_models: TinyModels) -> None:
-    family = make_family(tmp_path, tiny_models["qwen3"])
+def test_what_nobody_learned_and_what_could_not_be_searched(family: Family, tmp_path: Path) -> None:
+    family = family.copy(tmp_path)
     forget = ("jobs", "data", "forget", "--store", family.store.url)
     assert "nothing in this store has it" in luthier(*forget, "--contains", "Storgatan 8").stdout
     luthier(*forget, code=2)
