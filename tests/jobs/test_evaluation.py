@@ -5,30 +5,34 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from cluster import keys, records, registry
+from cluster import keys, models, records, registry
 from cluster.config import load
 from cluster.errors import AdapterNotFound, ConfigError, DataError, InputError, PlanError
 from cluster.folder import FolderStore
 from cluster.licences.gate import Gate
 from cluster.logs import ended
-from cluster.models import Shape
-from cluster.records import BaseModelRef, Requirement, RunRecord
+from cluster.models import ModelConfig, Shape
+from cluster.place import ClusterConfig
+from cluster.records import BaseModelRef, DatasetManifest, Requirement, RunRecord
 from jobs import brief, evaluation, evaluator, runs, suites
 from jobs import evaluate as evaluate_entry
 from jobs.config import EvaluationConfig, Recipe
+from jobs.dataset import Dataset, tokenise_shard
 from jobs.measures import NO_STABLE, Found, measure
 from jobs.model import load_model, load_tokenizer
 from jobs.plan import Survey, make_plan
 from jobs.release import _alive, release
 from jobs.release import evaluate as release_evaluate
+from jobs.rows import Place
 from jobs.scorers import Scorer, answer_of, refuses
 from jobs.suites import SHIPPED, Prompt, Suites
 from tests.conftest import TinyModels
@@ -260,13 +264,13 @@ def test_the_loss_beside_its_limits_and_beside_stable() -> None:
 
 def test_answers_are_scored_and_the_worst_are_kept() -> None:
     settings = config(answers={"prompts": ["a.jsonl"], "min_score": 0.5})
-    asked = prompts("answers", "a", "b", "c", "d")
+    asked = prompts("answers", "a", "b", "c", "two-versions")
     (exact,), examples = measure(settings, asked, Found(["a ", "<think>x</think>b", "no", "no"], cut_off=1))
     assert (exact.value, exact.passed, exact.samples) == (0.5, True, 4)
     assert exact.note == "1 answer(s) cut off at max_tokens 256"
     assert [(each.place, each.answer, each.expected) for each in examples[:2]] == [
         ("a.jsonl:3", "no", "c"),
-        ("a.jsonl:4", "no", "d"),
+        ("a.jsonl:4", "no", "two-versions"),
     ]
     (worse,), _ = measure(settings, asked, Found(["a", "no", "no", "no"]))
     assert not worse.passed
@@ -350,6 +354,81 @@ def test_a_batch_answers_as_one_prompt_at_a_time_and_greedily(adapted: PeftModel
     assert 0 <= cut_off <= 4
     with pytest.raises(DataError, match=r"(?s)that this model cannot be asked:.*1: \d+ tokens, and with .* 9 fit"):
         evaluator.encode(tokenizer, questions, 9)
+
+
+def test_two_versions_on_one_base_give_what_each_gives_alone(
+    tiny_models: TinyModels, rows: Path, store: FolderStore, tmp_path: Path
+) -> None:
+    """The loss beside plain peft's, sample by sample without packing; the answers beside each version's own."""
+    folder = tiny_models["qwen3"]
+    described = ModelConfig(name="tiny-test", source=str(folder), licence="apache-2.0", dtype="fp32", shape=None)
+    base = models.pin(described, store)
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).save_pretrained(tmp_path / str(seed))
+        made.append(registry.publish(store, "two", tmp_path / str(seed), base, f"run-{seed}", 1))
+    lines = [json.loads(line) for line in rows.read_text().splitlines()[:12]]
+    _tokenised(folder, lines, store)
+    asked = tuple(
+        evaluation.Question(str(number), each.example)
+        for number, row in enumerate(lines)
+        if isinstance(each := suites._prompt("answers", str(number), row), Prompt)
+    )
+    everything, some = tuple(range(12)), tuple(range(0, 12, 3))
+    task = evaluation.Task(
+        model=described,
+        base=base,
+        adapters=((made[0], (some, everything)), (made[1], (some,))),
+        questions=asked,
+        dataset="two-versions",
+        sequence_length=256,
+        max_tokens=6,
+        batch=4,
+        cluster=ClusterConfig(name="test", memory_gb_per_worker=4.0),
+        store=store,
+        secrets={},
+    )
+    together = evaluator.evaluate(task)
+    for number, (record, groups) in enumerate(task.adapters):
+        (alone,) = evaluator.evaluate(replace(task, adapters=((record, groups),)))
+        assert alone == together[number]
+    assert set(together[0].texts) == set(everything)
+    assert set(together[1].texts) == set(some)
+    assert any(together[0].texts[index] != together[1].texts[index] for index in some)
+
+    data = Dataset.fetch(store, "two-versions")
+    for found, seed in zip(together, (1, 2), strict=True):
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / str(seed)).eval()
+        total, count = 0.0, 0
+        for index in range(len(data)):
+            ids, marks = (torch.from_numpy(part.copy()) for part in data.sample(index))
+            with torch.no_grad():
+                logits = plain(input_ids=ids[None].long()).logits[0, :-1]
+            losses = torch.nn.functional.cross_entropy(logits, ids[1:].long(), reduction="none")[marks[1:]]
+            total, count = total + float(losses.sum()), count + len(losses)
+        assert found.loss == pytest.approx(total / count, abs=1e-4)
+        assert found.samples == 12
+    assert together[0].loss != pytest.approx(together[1].loss, abs=1e-2)
+
+
+def _tokenised(model: Path, lines: list[dict[str, object]], store: FolderStore) -> None:
+    """A dataset `d` in the store, as a Ray task makes its shards."""
+    files = {path.name: path.read_bytes() for path in model.iterdir() if path.suffix in (".json", ".jinja")}
+    placed = [(Place("a.jsonl", number), line) for number, line in enumerate(lines, start=1)]
+    shard = tokenise_shard(files, placed, 0, "two-versions", 256, "error", store)
+    assert shard.file
+    manifest = DatasetManifest(
+        digest="two-versions",
+        files=(shard.file,),
+        samples=shard.samples,
+        tokens=shard.tokens,
+        supervised_tokens=shard.supervised_tokens,
+        skipped={},
+        created_at="",
+    )
+    store.create(keys.dataset_manifest("two-versions"), manifest.to_bytes())
 
 
 # The end of a run.
