@@ -9,6 +9,7 @@ resolver   `model` in a request → the base or an adapter version; aliases are 
 permits    what may answer by its licences, and what /v1/models shows for them
 calls      what the ingress asks of a replica, and what comes back
 ingress    the HTTP side: routes, streaming, headers
+page       the chat page, with what licences want shown
 replica    one engine with its tokenizer and adapters, as a Serve deployment
 prompts    messages or text → token ids, by the model's own chat template
 adapters   which adapters are in the engine: single-flight loads, reference counts, eviction

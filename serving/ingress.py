@@ -34,7 +34,7 @@ from cluster.errors import LuthierError, Overloaded
 from cluster.gauges import counter
 from cluster.records import AdapterRecord, BaseModelRef
 from cluster.store import open_store
-from serving import scrape
+from serving import page, scrape
 from serving.answers import Answer, ChatAnswer, CompletionAnswer, Json
 from serving.calls import Accepted, Call, ChoiceEvent
 from serving.config import ServingConfig
@@ -77,6 +77,7 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Starlette:
         return Starlette(
             routes=[
+                Route("/", self.page),
                 Route("/v1/chat/completions", self.chat, methods=["POST"]),
                 Route("/v1/completions", self.completions, methods=["POST"]),
                 Route("/v1/models", self.models),
@@ -88,6 +89,10 @@ class Ingress:
             exception_handlers={HTTPException: _refuse_route, LuthierError: _refuse, Exception: _refuse},
         )
 
+    async def page(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature, as below
+        """GET /: chat with any of the models, in a browser."""
+        return page.response()
+
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         return await self._answer(request, ChatRequest)
@@ -96,7 +101,7 @@ class Ingress:
         """POST /v1/completions."""
         return await self._answer(request, CompletionRequest)
 
-    async def models(self, request: Request) -> Response:  # noqa: ARG002 - Starlette's signature, as below
+    async def models(self, request: Request) -> Response:  # noqa: ARG002
         """GET /v1/models: the base and every adapter that a request may name."""
         listed = [self._model(model) for model in await self._resolver.models()]
         return JSONResponse({"object": "list", "data": listed})

@@ -1,12 +1,15 @@
 """A real browser without a screen: what it makes of a page, as markup and as pixels. Debian's `chromium`."""
 
+import asyncio
 import shutil
 import subprocess
 import zlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
+import aiohttp
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -31,9 +34,7 @@ def picture(page: Path, scheme: Literal["light", "dark"], image: Path) -> Pixels
 
 
 def _browse(page: Path, *options: str) -> str:
-    browser = shutil.which("chromium")
-    if browser is None:
-        pytest.skip("no chromium; Debian's package is `chromium`, and `scripts/test` installs it as root")
+    browser = _browser()
     with TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
         # Its own sandbox needs a user other than root; the page is ours.
         command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
@@ -41,6 +42,54 @@ def _browse(page: Path, *options: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def run(url: str, script: str) -> Any:
+    """Open a page, run JavaScript in it as somebody at its console could, and return what that comes to, as JSON.
+
+    By the Chrome DevTools Protocol. Skips the test without the browser; raises AssertionError for what a script throws.
+    """
+    with TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0"]
+        command = [_browser(), *options, f"--user-data-dir={profile}", url]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stderr is not None
+                said = next(line for line in process.stderr if line.startswith("DevTools listening on "))
+                return asyncio.run(_evaluate(urlsplit(said.split()[-1]).netloc, url, script))
+            finally:
+                process.kill()
+
+
+async def _evaluate(host: str, url: str, script: str) -> Any:
+    timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
+    async with aiohttp.ClientSession(timeout=timeout) as session:
+        pages: list[dict[str, str]] = []
+        while not pages:
+            async with session.get(f"http://{host}/json") as answer:
+                pages = [each for each in await answer.json() if each["url"] == url]
+        async with session.ws_connect(pages[0]["webSocketDebuggerUrl"]) as page:
+            number = 0
+
+            async def evaluate(expression: str) -> Any:
+                nonlocal number
+                number += 1
+                given = {"expression": expression, "awaitPromise": True, "returnByValue": True}
+                await page.send_json({"id": number, "method": "Runtime.evaluate", "params": given})
+                found = (await page.receive_json())["result"]
+                assert "exceptionDetails" not in found, found["exceptionDetails"]
+                return found["result"].get("value")
+
+            while not await evaluate(f"location.href === {url!r} && document.readyState === 'complete'"):
+                pass
+            return await evaluate(script)
+
+
+def _browser() -> str:
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("no chromium; Debian's package is `chromium`, and `scripts/test` installs it as root")
+    return browser
 
 
 def _decoded(png: bytes) -> Pixels:

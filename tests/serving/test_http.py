@@ -540,6 +540,7 @@ def test_an_adapter_that_the_engine_cannot_take_is_refused(served: Served) -> No
 def test_health_readiness_and_metrics(served: Served) -> None:
     root = served.url.removesuffix("/v1")
     assert httpx.get(f"{root}/healthz").json() == {"status": "ok"}
+    assert "<title>Luthier</title>" in httpx.get(root).text, "the chat page"
     ready = httpx.get(f"{root}/readyz")
     assert (ready.status_code, ready.json()) == (200, {"ready": True, "model": BASE})
     post(served, "/chat/completions", chat_body(model="skill-0"))
