@@ -20,7 +20,7 @@ _OTHERS = re.compile(
     rf"|(?<!\d)(?:{_DATE})(?:[T ]\d{{1,2}}(?::\d\d){{1,2}}(?:\.\d+)?)?(?!\d)"  # date, time of day
     r"|(?<![\w])97[89][- ]?(?:\d[- ]?){9}\d(?!\d)"  # ISBN-13
     r"|[$€£¥₹]\s?\d[\d,.]*"  # price
-    r"|\d*\.\d{5,}(?![\d.])"  # 3.14159265
+    r"|(?<!\d)\d*\.\d{5,}(?![\d.])"  # 3.14159265
 )
 _CONTEXT_CHARACTERS = 32
 _OTHER_NUMBER = re.compile(
@@ -52,6 +52,7 @@ _ISSUERS = (
     (re.compile(r"36|30[0-5]|3095|3[89]"), {14, 16, 19}),
     (re.compile(r"50|5[6-9]|6[37]"), {13, 15, 16, 19}),
 )
+_IBAN_SHORTEST = 15
 _IBAN = re.compile(r"(?<![0-9A-Za-z])[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}")
 _IPV4 = re.compile(r"(?<![0-9A-Za-z.\-])\d{1,3}(?:\.\d{1,3}){3}(?![0-9A-Za-z]|\.\d|-\w)")
 _IPV6 = re.compile(
@@ -92,19 +93,20 @@ def _is_card(digits: str) -> bool:
 
 def find_ibans(text: str) -> Iterator[Span]:
     """IBAN with the country's length and the check digits (ISO 13616, mod 97), in one piece or in groups."""
-    for found in _IBAN.finditer(text):
-        from stdnum import iban
+    from stdnum import iban
 
-        end = found.end()
-        while end - found.start() >= 15:  # letters of the next word may have been taken along
-            candidate = text[found.start() : end]
+    found = _IBAN.search(text)
+    while found:
+        start, end = found.span()
+        while end - start >= _IBAN_SHORTEST:  # letters of the next word, or number, may have been taken along
             touched = text[end : end + 1].isascii() and text[end : end + 1].isalnum()
-            if not touched and iban.is_valid(candidate):
-                yield found.start(), end
+            if not touched and iban.is_valid(text[start:end]):
+                yield start, end
                 break
-            end -= 1
-            while text[end - 1] == " ":
-                end -= 1
+            end = start + len(text[start : end - 1].rstrip(" "))
+        else:
+            end = start + 1
+        found = _IBAN.search(text, end)
 
 
 def find_ips(text: str) -> Iterator[Span]:

@@ -25,17 +25,17 @@ _NAMES = ("passw", "pwd", "passphrase", "passcode", "secret", "token", "key", "c
 _HAN_NAMES = ("密码", "口令", "密钥", "令牌", "秘钥")
 _KEY_OF = re.compile(r"(?:api|access|auth|account|service|private|client|encryption|db|signing)[_ -]?\Z", re.IGNORECASE)
 
-# Shapes that the library has no plugin for.
+# Shapes that the library has no plugin for, or (sk-) an older one.
 _MORE = (
-    re.compile(r"hf_[A-Za-z0-9]{30,}"),
-    re.compile(r"sk-(?:proj-|ant-|svcacct-|or-)?(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}"),
-    re.compile(r"AIza[0-9A-Za-z_-]{35}"),
-    re.compile(r"github_pat_[0-9A-Za-z_]{22,}"),
-    re.compile(r"gh[pousr]_[A-Za-z0-9]{36,}"),
-    re.compile(r"xapp-\d-[A-Z0-9]+-\d+-[a-z0-9]+"),
+    r"hf_[A-Za-z0-9]{30,}",
+    r"(?<!-)sk-(?=[A-Za-z_-]{0,100}\d)[A-Za-z0-9_-]{20,250}",
+    r"AIza[0-9A-Za-z_-]{35}",
+    r"github_pat_[0-9A-Za-z_]{22,}",
+    r"gh[pousr]_[A-Za-z0-9]{36,}",
+    r"xapp-\d-[A-Z0-9]+-\d+-[a-z0-9]+",
 )
-_GROUPED = {"BasicAuthDetector", "AWSKeyDetector", "NpmDetector"}
-"""Plugins whose first group is the secret; what stands around it is no secret. (GitHub's group is a mere prefix.)"""
+# The plugin's own pattern ends lazily, and takes nothing of the signature.
+_JWT = re.compile(r"(?<![A-Za-z0-9_=-])eyJ[A-Za-z0-9_=-]+\.[A-Za-z0-9_=-]+(?:\.[A-Za-z0-9_+/=-]*)?")
 
 _PEM_END = re.compile(r"-----END [A-Z0-9 ]+-----")
 _PEM_BODY = re.compile(r"[-\sA-Za-z0-9+/=:,\\]*")
@@ -56,15 +56,13 @@ _PLACEHOLDER = re.compile(
 def find_secrets(text: str) -> Iterator[Span]:
     """Spans of the values alone, without the name that they are assigned to."""
     if _may_hold_token(text) and _QUICK.search(text):
-        for pattern, grouped, formally_valid in _shapes():
+        for pattern in _shapes():
             for found in pattern.finditer(text):
-                numbers = range(1, pattern.groups + 1) if grouped else ()
-                group = next((number for number in numbers if found[number]), 0)
-                start, end = found.span(group)
-                if not group and start and text[start - 1].isascii() and text[start - 1].isalnum():
-                    continue
-                if formally_valid(found[group]) and not (group and _PLACEHOLDER.search(found[group])):
-                    yield start, end
+                yield found.span()
+        for found in _JWT.finditer(text):
+            if _is_jwt(found[0]):
+                yield found.span()
+        yield from _within(text)
         yield from _private_keys(text)
     yield from _assigned(text)
 
@@ -94,18 +92,17 @@ def _assigned(text: str) -> Iterator[Span]:
 
 
 @cache
-def _shapes() -> list[tuple[re.Pattern[str], bool, Any]]:
-    """(pattern, whether a group is the secret, a check of the match) of each plugin."""
+def _shapes() -> list[re.Pattern[str]]:
+    """The plugins' patterns, each for a token that no letter or digit touches in front.
+
+    ASCII: the \\w in them is meant for program text, and shall not take the Chinese character behind a token.
+    """
     from detect_secrets.plugins.aws import AWSKeyDetector
     from detect_secrets.plugins.azure_storage_key import AzureStorageKeyDetector
-    from detect_secrets.plugins.basic_auth import BasicAuthDetector
     from detect_secrets.plugins.discord import DiscordBotTokenDetector
     from detect_secrets.plugins.github_token import GitHubTokenDetector
     from detect_secrets.plugins.gitlab_token import GitLabTokenDetector
-    from detect_secrets.plugins.jwt import JwtTokenDetector
     from detect_secrets.plugins.mailchimp import MailchimpDetector
-    from detect_secrets.plugins.npm import NpmDetector
-    from detect_secrets.plugins.openai import OpenAIDetector
     from detect_secrets.plugins.pypi_token import PypiTokenDetector
     from detect_secrets.plugins.sendgrid import SendGridDetector
     from detect_secrets.plugins.slack import SlackDetector
@@ -114,35 +111,61 @@ def _shapes() -> list[tuple[re.Pattern[str], bool, Any]]:
     from detect_secrets.plugins.telegram_token import TelegramBotTokenDetector
     from detect_secrets.plugins.twilio import TwilioKeyDetector
 
-    plugins: tuple[Any, ...] = (
-        AWSKeyDetector,
-        AzureStorageKeyDetector,
-        BasicAuthDetector,
-        DiscordBotTokenDetector,
-        GitHubTokenDetector,
-        GitLabTokenDetector,
-        MailchimpDetector,
-        NpmDetector,
-        OpenAIDetector,
-        PypiTokenDetector,
-        SendGridDetector,
-        SlackDetector,
-        SquareOAuthDetector,
-        StripeDetector,
-        TelegramBotTokenDetector,
-        TwilioKeyDetector,
-    )
-    shapes: list[tuple[re.Pattern[str], bool, Any]] = [
-        # ASCII: \w in them is meant for program text, and shall not take the Chinese character behind a token.
-        (re.compile(pattern.pattern, pattern.flags & ~re.UNICODE | re.ASCII), plugin.__name__ in _GROUPED, bool)
-        for plugin in plugins
-        for pattern in plugin.denylist
+    patterns: list[re.Pattern[str]] = [
+        *AWSKeyDetector.denylist[:1],  # the second is an assignment, see _within
+        *AzureStorageKeyDetector.denylist,
+        *DiscordBotTokenDetector.denylist,
+        *GitHubTokenDetector.denylist,
+        *GitLabTokenDetector.denylist,
+        *MailchimpDetector.denylist,
+        *PypiTokenDetector.denylist,
+        *SendGridDetector.denylist,
+        *SlackDetector.denylist,
+        *SquareOAuthDetector.denylist,
+        *StripeDetector.denylist,
+        *TelegramBotTokenDetector.denylist,
+        *TwilioKeyDetector.denylist,
     ]
-    shapes += [(pattern, False, bool) for pattern in _MORE]
-    # The plugin's pattern ends lazily, which takes nothing of the signature.
-    jwt = re.compile(r"eyJ[A-Za-z0-9_=-]+\.[A-Za-z0-9_=-]+(?:\.[A-Za-z0-9_+/=-]*)?")
-    shapes.append((jwt, False, lambda token: JwtTokenDetector.is_formally_valid(token)))
-    return shapes
+    ascii_ = [
+        re.compile(f"(?<![A-Za-z0-9])(?:{pattern.pattern})", pattern.flags & ~re.UNICODE | re.ASCII)
+        for pattern in patterns
+    ]
+    return ascii_ + [re.compile(f"(?<![A-Za-z0-9])(?:{pattern})") for pattern in _MORE]
+
+
+def _is_jwt(token: str) -> bool:
+    from detect_secrets.plugins.jwt import JwtTokenDetector
+
+    return bool(JwtTokenDetector.is_formally_valid(token))
+
+
+def _within(text: str) -> Iterator[Span]:
+    """What plugins find as a group of something longer. Their patterns take any text in front, in time that grows with
+    its square, so that they only get what is near the word that each needs."""
+    for plugin, needle, before, after in _windows():
+        at = text.find(needle)
+        while at >= 0:
+            found = next(filter(None, (p.search(text, max(0, at - before), at + after) for p in plugin)), None)
+            if found:
+                group = next(number for number in range(1, len(found.groups()) + 1) if found[number])
+                if not _PLACEHOLDER.search(found[group]):
+                    yield found.span(group)
+            at = text.find(needle, at + len(needle))
+
+
+@cache
+def _windows() -> list[tuple[list[re.Pattern[str]], str, int, int]]:
+    """(patterns, a word that they need, characters before and after it)."""
+    from detect_secrets.plugins.aws import AWSKeyDetector
+    from detect_secrets.plugins.basic_auth import BasicAuthDetector
+    from detect_secrets.plugins.npm import NpmDetector
+
+    aws = AWSKeyDetector.denylist[1:]
+    return [
+        (BasicAuthDetector.denylist, "://", 0, 200),
+        (NpmDetector.denylist, "_authToken", 200, 200),
+        *((aws, word, 0, 120) for word in ("aws", "AWS", "Aws")),
+    ]
 
 
 def _private_keys(text: str) -> Iterator[Span]:
