@@ -260,20 +260,20 @@ def _permutations(count: int) -> tuple[UInt32, UInt32]:
     return high[:count] | np.uint32(1), high[count:]
 
 
-_power_tables: dict[int, tuple[UInt64, UInt64]] = {}
+_power_tables: list[UInt64] = []
 
 
 def _powers(count: int) -> tuple[UInt64, UInt64]:
-    """Powers 0, 1, 2, … of _BASE and of its inverse, modulo 2^64."""
-    size = max(_BLOCK_CHARACTERS * 2, 1 << (count - 1).bit_length())
-    if size not in _power_tables:
+    """At least `count` powers 0, 1, 2, … of _BASE and of its inverse, modulo 2^64; kept for the next."""
+    if not _power_tables or len(_power_tables[0]) < count:
+        size = max(2 * _BLOCK_CHARACTERS, 1 << (count - 1).bit_length())
         _power_tables.clear()
-        inverse = np.uint64(pow(int(_BASE), -1, 1 << 64))
-        both = [np.full(size, base, dtype=np.uint64) for base in (_BASE, inverse)]
-        for powers in both:
-            powers[0] = 1
-        _power_tables[size] = (np.cumprod(both[0], dtype=np.uint64), np.cumprod(both[1], dtype=np.uint64))
-    return _power_tables[size]
+        for base in (_BASE, np.uint64(pow(int(_BASE), -1, 1 << 64))):
+            factors = np.full(size, base, dtype=np.uint64)
+            factors[0] = 1
+            _power_tables.append(np.cumprod(factors, dtype=np.uint64))
+    powers, inverses = _power_tables
+    return powers, inverses
 
 
 @cache
