@@ -120,6 +120,19 @@ def test_a_release_can_be_taken_back_whatever_its_reports_say(store: FolderStore
     assert stable(store) == 1
 
 
+def test_a_damaged_report_stops_a_release_and_no_way_back(store: FolderStore) -> None:
+    for number in (1, 2, 3):
+        report(store, publish(store), against=number - 1 or None)
+        if number < 3:
+            registry.set_alias(store, "support", "stable", number, why="passed")
+    for number in (1, 3):
+        store.put(keys.evaluation("support", number, 1), b"{")
+    with pytest.raises(ReleaseRefused, match="a report cannot be read: .*is not a EvaluationReport"):
+        registry.set_alias(store, "support", "stable", 3, why="better")
+    registry.set_alias(store, "support", "stable", 1, why="2 is bad")
+    assert stable(store) == 1
+
+
 def test_the_log_keeps_what_was_overridden(store: FolderStore) -> None:
     report(store, publish(store), passed=False)
     with pytest.raises(ConfigError, match="say --why"):
