@@ -120,7 +120,10 @@ def newest(store: Store, record: AdapterRecord) -> EvaluationReport | None:
 
 def state(store: Store, record: AdapterRecord) -> str:
     """In a word or two, what the newest report that counts says; empty where none is there and none is required."""
-    report = newest(store, record)
+    try:
+        report = newest(store, record)
+    except ObjectDamaged:
+        return "damaged"
     if report is None:
         return "required" if record.gate else ""
     return f"{'passed' if report.passed else 'failed'} ({report.number})"

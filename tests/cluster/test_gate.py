@@ -127,8 +127,9 @@ def test_a_damaged_report_stops_a_release_and_no_way_back(store: FolderStore) ->
             registry.set_alias(store, "support", "stable", number, why="passed")
     for number in (1, 3):
         store.put(keys.evaluation("support", number, 1), b"{")
-    with pytest.raises(ReleaseRefused, match="a report cannot be read: .*is not a EvaluationReport"):
+    with pytest.raises(ReleaseRefused, match=r"a report cannot be read: .*is not a EvaluationReport"):
         registry.set_alias(store, "support", "stable", 3, why="better")
+    assert "damaged" in luthier("adapters", "support", "--store", store.url)
     registry.set_alias(store, "support", "stable", 1, why="2 is bad")
     assert stable(store) == 1
 
