@@ -228,8 +228,7 @@ class Requirement(Record):
 class RunRecord(Record):
     """What a run was asked to do; written once, before anything is spent. Enough to go on with it anywhere.
 
-    `dataset` and `evaluation` are digests of tokenised datasets; `parent` is the checkpoint that its weights began as;
-    `gate` is what its result must show before an alias moves to it.
+    `dataset` and `evaluation` are digests of tokenised datasets; `parent` is the checkpoint that its weights began as.
     """
 
     run_id: str
@@ -241,7 +240,7 @@ class RunRecord(Record):
     base: BaseModelRef
     parent: CheckpointRef | None = None
     licences: LicenceRecord | None = None
-    gate: Requirement | None = None
+    gate: Requirement | None = None  # what its result must show before an alias moves to it
     created_at: str
 
 

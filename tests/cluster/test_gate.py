@@ -178,7 +178,7 @@ MOVES = st.lists(
 )
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(st.tuples(*[RARELY] * 4), MOVES)
 def test_no_history_has_an_alias_at_a_version_that_was_not_passed_overridden_or_there_before(
     require_nothing: tuple[bool, ...], moves: list[tuple[object, ...]]
