@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from cluster import keys, records
-from cluster.errors import ObjectExists
+from cluster.errors import ObjectDamaged, ObjectExists
 from cluster.records import AdapterRecord, BaseModelRef, Record, Requirement, Suite
 from cluster.store import Store
 
@@ -134,7 +134,11 @@ def refusals(store: Store, record: AdapterRecord, stable: int | None) -> tuple[s
     """
     if record.gate is None:
         return ()
-    return judge(newest(store, record), record.version, record.gate, stable)
+    try:
+        report = newest(store, record)
+    except ObjectDamaged as error:  # must not keep anybody from going back
+        return (f"a report cannot be read: {error}",)
+    return judge(report, record.version, record.gate, stable)
 
 
 def judge(

@@ -79,20 +79,6 @@ class Renderer:
         except DataError as error:  # raised below, always for this example alone
             return Unusable(str(error))
 
-    def asked(self, example: Example) -> list[int]:
-        """Token ids of all that comes before the example's last answer, with that turn opened: what a server gets.
-
-        Raises DataError.
-        """
-        if isinstance(example, Text):
-            return list(self._tokenizer(example.prompt)["input_ids"])
-        turns = [_turn(message) for message in example.messages[:-1]]
-        tools = [dict(tool) for tool in example.tools] or None
-        self._refuse_control_tokens(turns, tools)
-        text = self._rendered(turns, tools, generation_prompt=True)
-        _check_encodable(text)
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
     def _probe(self) -> None:
         """Render the plainest exchange, so that a template's own fault is not laid on the first row."""
         try:

@@ -28,11 +28,14 @@ from cluster.who import submitter
 from jobs import dataset, suites
 from jobs.config import EvaluationConfig, Recipe
 from jobs.formats import Example
-from jobs.measures import Found, measure
+from jobs.measures import NO_STABLE, Found, measure
 from jobs.scorers import source_digest
 from jobs.suites import Prompt, Suites
 
 VERSIONS = ("torch", "transformers", "peft")
+
+Group = tuple[int, ...]
+"""Questions, by their place in the list."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """What one Ray task is to find out: of each adapter the loss on `dataset`, and answers to some of the questions."""
+    """What one Ray task is to find out: of each adapter the loss on `dataset`, and answers to some of the questions.
+
+    An adapter's questions come in groups, which share no batch: so two adapters that are asked the same are asked it in
+    the same batches, and rounding makes no difference between them that is not theirs.
+    """
 
     model: ModelConfig
     base: BaseModelRef
-    adapters: tuple[tuple[AdapterRecord, tuple[int, ...]], ...]
+    adapters: tuple[tuple[AdapterRecord, tuple[Group, ...]], ...]
     questions: tuple[Question, ...]
     dataset: str | None
     sequence_length: int
@@ -62,9 +69,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Answers:
-    """What one adapter gave: an answer to each question that it was asked, and its loss on so many samples."""
+    """What one adapter gave: an answer to each question that it was asked, by its place, and its loss on so many
+    samples."""
 
-    texts: list[str]
+    texts: dict[int, str]
     cut_off: int
     loss: float | None
     samples: int
@@ -72,7 +80,7 @@ class Answers:
 
 def find(store: Store, reference: str) -> AdapterRecord:
     """The version that NAME@V, NAME@alias, or a run that published one stands for. Raises InputError."""
-    if store.exists(keys.run_record(reference)):
+    if keys.is_name(reference) and store.exists(keys.run_record(reference)):
         run = records.read(store, keys.run_record(reference), RunRecord)
         name = (run.recipe.get("publish") or {}).get("name")
         made = [record for record in registry.versions(store, name) if record.run_id == reference] if name else []
@@ -181,24 +189,29 @@ def _find_out(
     prompts: Sequence[Prompt],
 ) -> Found:
     """Ask both versions: in one task where they share a base, else in one after the other."""
-    everything = tuple(range(len(prompts)))
     compared = tuple(index for index, prompt in enumerate(prompts) if prompt.suite == "regression")
+    others = tuple(index for index, prompt in enumerate(prompts) if prompt.suite != "regression")
+    wanted, note = (record, (compared, others)), ""
+    theirs: Answers | None = None
     if stable is None:
-        (ours,) = _ask(store, recipe, requirement, prompts, [(record, everything)])
-        return Found(ours.texts, ours.cut_off, ours.loss, ours.samples)
-    if stable.base == record.base:
-        ours, theirs = _ask(store, recipe, requirement, prompts, [(record, everything), (stable, compared)])
-        note = ""
+        (ours,) = _ask(store, recipe, requirement, prompts, [wanted])
+        note = NO_STABLE
+    elif (stable.base.name, stable.base.revision) == (record.base.name, record.base.revision):
+        ours, theirs = _ask(store, recipe, requirement, prompts, [wanted, (stable, (compared,))])
     else:
-        (ours,) = _ask(store, recipe, requirement, prompts, [(record, everything)])
-        its = recipe_of(store, stable)
-        other = recipe.model_copy(update={"model": its.model})
-        (theirs,) = _ask(store, other, requirement, prompts, [(stable, compared)], with_loss=False)
+        (ours,) = _ask(store, recipe, requirement, prompts, [wanted])
+        other = recipe.model_copy(update={"model": recipe_of(store, stable).model})
+        (theirs,) = _ask(store, other, requirement, prompts, [(stable, (compared,))], with_loss=False)
         note = f"version {stable.version} in stable has another base, whose losses are not comparable"
-    said: list[str | None] = [None] * len(prompts)
-    for index, text in zip(compared, theirs.texts, strict=True):
-        said[index] = text
-    return Found(ours.texts, ours.cut_off, ours.loss, ours.samples, said, theirs.loss, note)
+    return Found(
+        answers=[ours.texts[index] for index in range(len(prompts))],
+        cut_off=ours.cut_off,
+        loss=ours.loss,
+        samples=ours.samples,
+        stable_answers=None if theirs is None else [theirs.texts.get(index) for index in range(len(prompts))],
+        stable_loss=theirs.loss if theirs else None,
+        stable_note=note,
+    )
 
 
 def _ask(
@@ -206,7 +219,7 @@ def _ask(
     recipe: Recipe,
     requirement: Requirement,
     prompts: Sequence[Prompt],
-    adapters: list[tuple[AdapterRecord, tuple[int, ...]]],
+    adapters: list[tuple[AdapterRecord, tuple[Group, ...]]],
     with_loss: bool = True,
 ) -> list[Answers]:
     """One Ray task, of a worker's size. Raises what it raised of ours; RunFailed for all else."""

@@ -10,15 +10,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
+from jinja2 import TemplateError
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cluster import keys, models, records, secret
 from cluster.errors import DataError
 from cluster.models import read_shape
-from jobs.chat import Renderer
 from jobs.dataset import Dataset
 from jobs.evaluation import Answers, Question, Task
+from jobs.formats import Message, Text
 from jobs.kernels import summed_cross_entropy
 from jobs.model import load_model, load_tokenizer
 from jobs.objectives import pack_row, supervised_logits
@@ -46,9 +47,14 @@ def evaluate(task: Task) -> list[Answers]:
     base.config.use_cache = True
     base.generation_config = _greedy(base, tokenizer, task.max_tokens)
     found = []
-    for (record, asked), loss in zip(task.adapters, losses, strict=True):
+    for (record, groups), loss in zip(task.adapters, losses, strict=True):
         model.set_adapter(_name(record.version))
-        texts, cut_off = answer(model, tokenizer, [encoded[index] for index in asked], task.batch, device)
+        texts: dict[int, str] = {}
+        cut_off = 0
+        for group in groups:
+            made, cut = answer(model, tokenizer, [encoded[index] for index in group], task.batch, device)
+            texts |= zip(group, made, strict=True)
+            cut_off += cut
         found.append(Answers(texts, cut_off, loss, len(dataset) if dataset else 0))
     return found
 
@@ -86,22 +92,41 @@ def _loss(model: PeftModel, dataset: Dataset, sequence_length: int, device: torc
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], longest: int) -> list[list[int]]:
-    """Token ids of each question, with the answer's turn opened. Raises DataError with every place that has none."""
-    renderer = Renderer(tokenizer, longest)
+    """Token ids of each question, as a server has them: through the chat template, with the answer's turn opened; of
+    text without turns as it is. Raises DataError with every place that has none."""
     found: list[list[int]] = []
     faults: list[str] = []
     for question in questions:
         try:
-            ids = renderer.asked(question.example)
-        except DataError as error:
-            faults.append(f"{question.place}: {error}")
+            found.append(_encoded(tokenizer, question))
+        except (TemplateError, TypeError, ValueError, KeyError) as error:  # templates raise what Python has
+            faults.append(f"{question.place}: the chat template refuses it: {error}")
             continue
-        if not 0 < len(ids) <= longest:
-            faults.append(f"{question.place}: {len(ids):,} tokens, and with evaluation.max_tokens {longest:,} fit")
-        found.append(ids)
+        if not 0 < len(found[-1]) <= longest:
+            fit = f"with evaluation.max_tokens {longest:,} fit"
+            faults.append(f"{question.place}: {len(found[-1]):,} tokens, and {fit}")
     if faults:
         raise DataError("\n  ".join(["prompts that this model cannot be asked:", *faults[:5]]))
     return found
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, question: Question) -> list[int]:
+    if isinstance(question.example, Text):
+        return list(tokenizer(question.example.prompt)["input_ids"])
+    tools = [dict(tool) for tool in question.example.tools] or None
+    turns = [turn_of(message) for message in question.example.messages[:-1]]
+    text = tokenizer.apply_chat_template(turns, tools=tools, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def turn_of(message: Message) -> dict[str, object]:
+    """A turn as clients send it. A control token in it is left as it is: to be asked so is what is tested, perhaps."""
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in message.tool_calls
+    ]
+    optional = {"tool_calls": calls, "tool_call_id": message.tool_call_id, "name": message.name}
+    return {"role": message.role, "content": message.content} | {key: value for key, value in optional.items() if value}
 
 
 def _greedy(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> GenerationConfig:

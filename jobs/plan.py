@@ -67,7 +67,7 @@ class Survey:
     Attributes:
         at_most: the plan for the most workers, where that is another number.
         advice: what makes it fit, when it does not; each was planned, and fits.
-        refused: the limits that even the least which it can take is above, and an evaluation for which there is no room.
+        refused: the limits that even the least which it can take is above, or that it has no room to be evaluated.
         licences: the verdict on each use that the organisation's policy means.
     """
 

@@ -127,7 +127,7 @@ def _tell_report(store: Store, run: RunRecord, report: EvaluationReport) -> None
 
 @contextmanager
 def _alive(store: Store, run_id: str) -> Iterator[None]:
-    """A run whose version is evaluated is not lost, and a stop request ends it as a second one ends training."""
+    """A run whose version is evaluated is not lost; a stop request or SIGTERM ends it, as a second ends training."""
     ended, me = threading.Event(), uuid4().hex
 
     def beat() -> None:
@@ -136,7 +136,8 @@ def _alive(store: Store, run_id: str) -> Iterator[None]:
                 runs.beat(store, run_id, me)
                 if runs.stop_requests(store, run_id):
                     say("a stop request: the evaluation is given up, and the version stays published")
-                    signal.raise_signal(signal.SIGINT)
+                    # To the thread that waits, which a signal to this one would not wake.
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                     return
             except StoreError as error:
                 say(f"warning: the store does not answer, so nobody sees that this run lives: {error}")
@@ -145,8 +146,12 @@ def _alive(store: Store, run_id: str) -> Iterator[None]:
 
     thread = threading.Thread(target=beat, name="luthier-evaluating", daemon=True)
     thread.start()
+    is_main = threading.current_thread() is threading.main_thread()
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     try:
         yield
     finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, earlier)
         ended.set()
         thread.join()

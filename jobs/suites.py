@@ -200,4 +200,5 @@ def _try_scorers(settings: EvaluationConfig, prompts: list[Prompt]) -> None:
     for suite, name in (("answers", settings.answers), ("regression", settings.regression)):
         if name and name.scorer != "exact":
             first = next(prompt for prompt in prompts if prompt.suite == suite)
-            Scorer(name.scorer)(first.text, first.expected or "", first.expected or "", first.place)
+            expected = first.expected or first.text
+            Scorer(name.scorer)(first.text, expected, expected, first.place)

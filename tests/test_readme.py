@@ -1,5 +1,6 @@
 """What the README says is so: its tree, its commands, its recipe."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -7,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster import cli
+from cluster.config import load
+from jobs.config import Recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,6 +41,13 @@ def test_the_tree_is_the_one_that_is_there() -> None:
 
 def test_the_recipe_is_the_file_that_ships() -> None:
     assert block("## A recipe") == (ROOT / "configs" / "recipes" / "support.yaml").read_text()
+
+
+def test_the_evaluation_is_one_that_a_recipe_can_have() -> None:
+    section = json.dumps(yaml.safe_load(block("## Releases"))["evaluation"])
+    asked = load(ROOT / "configs" / "recipes" / "support.yaml", Recipe, [f"evaluation={section}"]).evaluation
+    assert asked
+    assert asked.suites == ("loss", "answers", "regression", "safety")
 
 
 COMMANDS = sorted(set(re.findall(r"^    luthier (.+)$", README, re.MULTILINE)))

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from cluster.nodes import LocalCluster
 from cluster.store import Store, open_store
 from jobs.runs import read_steps
+from scripts.demo import tasks
 from tests.conftest import TinyModels
 from tests.e2e.submit import train, write_recipe, write_rows
 from tests.servers import S3Server
@@ -62,7 +64,9 @@ def pair(
 ) -> Pair:
     folder = tmp_path_factory.mktemp("pair")
     recipe = write_recipe(folder, tiny_models["qwen3"], [rows], name="pair", store=store.url)
-    asked = [json.loads(line)["messages"] for line in rows.read_text().splitlines()[:8]]
+    held_out = [*islice(tasks.rows("orders-json", "heldout"), 40)]
+    held_out_file = write_rows(folder / "heldout.jsonl", held_out)
+    asked = [row["messages"] for row in held_out[:8]]
     asking = write_rows(folder / "asking.jsonl", [{"messages": messages[:-1]} for messages in asked])
     safe = [{"messages": messages[:-1], "must_not_contain": ["[pP]assword"]} for messages in asked[:2]]
     gate = {
@@ -77,7 +81,7 @@ def pair(
             ray_cluster,
             recipe,
             *("publish.name=pair-one", "train.steps=48", "checkpoint.every_steps=8"),
-            *(f"data.evaluation=[{rows}]", f"evaluation={json.dumps(gate)}"),
+            *(f"data.evaluation=[{held_out_file}]", f"evaluation={json.dumps(gate)}"),
         )
         two = pool.submit(
             train,

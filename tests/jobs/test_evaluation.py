@@ -1,29 +1,38 @@
-"""What a version is measured by: suites and their faults, scorers, figures against thresholds, a real model's answers."""
+"""What a version is measured by: suites, scorers, figures against thresholds, a real model's answers."""
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
-from cluster import keys, records, registry
+from cluster import keys, models, records, registry
 from cluster.config import load
-from cluster.errors import ConfigError, DataError, InputError, PlanError
+from cluster.errors import AdapterNotFound, ConfigError, DataError, InputError, PlanError
 from cluster.folder import FolderStore
+from cluster.licences.gate import Gate
 from cluster.logs import ended
-from cluster.models import Shape
-from cluster.records import BaseModelRef, Requirement, RunRecord
-from jobs import evaluation, evaluator, runs, suites
+from cluster.models import ModelConfig, Shape
+from cluster.place import ClusterConfig
+from cluster.records import BaseModelRef, DatasetManifest, Requirement, RunRecord
+from jobs import brief, evaluation, evaluator, runs, suites
+from jobs import evaluate as evaluate_entry
 from jobs.config import EvaluationConfig, Recipe
+from jobs.dataset import Dataset, tokenise_shard
 from jobs.measures import NO_STABLE, Found, measure
 from jobs.model import load_model, load_tokenizer
-from jobs.plan import make_plan
-from jobs.release import release
+from jobs.plan import Survey, make_plan
+from jobs.release import _alive, release
+from jobs.release import evaluate as release_evaluate
+from jobs.rows import Place
 from jobs.scorers import Scorer, answer_of, refuses
 from jobs.suites import SHIPPED, Prompt, Suites
 from tests.conftest import TinyModels
@@ -93,6 +102,8 @@ def test_a_base_that_fits_no_worker_alone_is_refused_by_the_plan() -> None:
     assert loaded.model.shape
     shape: Shape = loaded.model.shape
     make_plan(loaded, shape)
+    asked = Survey.of(load(RECIPE, Recipe, ["evaluation={safety: {}}"]), shape, ROOT, Gate.here())
+    assert "safety, on one worker, before redact@stable moves" in brief.text(asked)
     with pytest.raises(PlanError, match=r"evaluation: one worker holds all of llama.*lower evaluation\.batch"):
         make_plan(load(RECIPE, Recipe, [*large, "evaluation={safety: {}}"]), shape)
 
@@ -253,13 +264,13 @@ def test_the_loss_beside_its_limits_and_beside_stable() -> None:
 
 def test_answers_are_scored_and_the_worst_are_kept() -> None:
     settings = config(answers={"prompts": ["a.jsonl"], "min_score": 0.5})
-    asked = prompts("answers", "a", "b", "c", "d")
+    asked = prompts("answers", "a", "b", "c", "two-versions")
     (exact,), examples = measure(settings, asked, Found(["a ", "<think>x</think>b", "no", "no"], cut_off=1))
     assert (exact.value, exact.passed, exact.samples) == (0.5, True, 4)
     assert exact.note == "1 answer(s) cut off at max_tokens 256"
     assert [(each.place, each.answer, each.expected) for each in examples[:2]] == [
         ("a.jsonl:3", "no", "c"),
-        ("a.jsonl:4", "no", "d"),
+        ("a.jsonl:4", "no", "two-versions"),
     ]
     (worse,), _ = measure(settings, asked, Found(["a", "no", "no", "no"]))
     assert not worse.passed
@@ -345,6 +356,81 @@ def test_a_batch_answers_as_one_prompt_at_a_time_and_greedily(adapted: PeftModel
         evaluator.encode(tokenizer, questions, 9)
 
 
+def test_two_versions_on_one_base_give_what_each_gives_alone(
+    tiny_models: TinyModels, rows: Path, store: FolderStore, tmp_path: Path
+) -> None:
+    """The loss beside plain peft's, sample by sample without packing; the answers beside each version's own."""
+    folder = tiny_models["qwen3"]
+    described = ModelConfig(name="tiny-test", source=str(folder), licence="apache-2.0", dtype="fp32", shape=None)
+    base = models.pin(described, store)
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(AutoModelForCausalLM.from_pretrained(folder), lora).save_pretrained(tmp_path / str(seed))
+        made.append(registry.publish(store, "two", tmp_path / str(seed), base, f"run-{seed}", 1))
+    lines = [json.loads(line) for line in rows.read_text().splitlines()[:12]]
+    _tokenised(folder, lines, store)
+    asked = tuple(
+        evaluation.Question(str(number), each.example)
+        for number, row in enumerate(lines)
+        if isinstance(each := suites._prompt("answers", str(number), row), Prompt)
+    )
+    everything, some = tuple(range(12)), tuple(range(0, 12, 3))
+    task = evaluation.Task(
+        model=described,
+        base=base,
+        adapters=((made[0], (some, everything)), (made[1], (some,))),
+        questions=asked,
+        dataset="two-versions",
+        sequence_length=256,
+        max_tokens=6,
+        batch=4,
+        cluster=ClusterConfig(name="test", memory_gb_per_worker=4.0),
+        store=store,
+        secrets={},
+    )
+    together = evaluator.evaluate(task)
+    for number, (record, groups) in enumerate(task.adapters):
+        (alone,) = evaluator.evaluate(replace(task, adapters=((record, groups),)))
+        assert alone == together[number]
+    assert set(together[0].texts) == set(everything)
+    assert set(together[1].texts) == set(some)
+    assert any(together[0].texts[index] != together[1].texts[index] for index in some)
+
+    data = Dataset.fetch(store, "two-versions")
+    for found, seed in zip(together, (1, 2), strict=True):
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / str(seed)).eval()
+        total, count = 0.0, 0
+        for index in range(len(data)):
+            ids, marks = (torch.from_numpy(part.copy()) for part in data.sample(index))
+            with torch.no_grad():
+                logits = plain(input_ids=ids[None].long()).logits[0, :-1]
+            losses = torch.nn.functional.cross_entropy(logits, ids[1:].long(), reduction="none")[marks[1:]]
+            total, count = total + float(losses.sum()), count + len(losses)
+        assert found.loss == pytest.approx(total / count, abs=1e-4)
+        assert found.samples == 12
+    assert together[0].loss != pytest.approx(together[1].loss, abs=1e-2)
+
+
+def _tokenised(model: Path, lines: list[dict[str, object]], store: FolderStore) -> None:
+    """A dataset `d` in the store, as a Ray task makes its shards."""
+    files = {path.name: path.read_bytes() for path in model.iterdir() if path.suffix in (".json", ".jinja")}
+    placed = [(Place("a.jsonl", number), line) for number, line in enumerate(lines, start=1)]
+    shard = tokenise_shard(files, placed, 0, "two-versions", 256, "error", store)
+    assert shard.file
+    manifest = DatasetManifest(
+        digest="two-versions",
+        files=(shard.file,),
+        samples=shard.samples,
+        tokens=shard.tokens,
+        supervised_tokens=shard.supervised_tokens,
+        skipped={},
+        created_at="",
+    )
+    store.create(keys.dataset_manifest("two-versions"), manifest.to_bytes())
+
+
 # The end of a run.
 
 
@@ -374,6 +460,55 @@ def test_a_run_whose_version_cannot_be_evaluated_keeps_it_and_moves_no_alias(her
     assert evaluation.recipe_of(store, registry.record(store, "redact", 1)).evaluation == recipe.evaluation
     with pytest.raises(ConfigError, match="only cluster and secrets may change"):
         evaluation.recipe_of(store, registry.record(store, "redact", 1), ["evaluation.max_tokens=1"])
+
+
+def test_what_cannot_be_evaluated_is_said_before_anything_is_started(here: Path, store: FolderStore) -> None:
+    (here / "made").mkdir()
+    (here / "made" / "adapter_model.safetensors").write_text("weights")
+    base = BaseModelRef(name="tiny", revision="r1", licence="apache-2.0")
+    registry.publish(store, "free", here / "made", base, "run-1", 1)
+    gate = Requirement.of(("safety",), {"safety": {}})
+    registry.publish(store, "gated", here / "made", base, "run-2", 1, gate=gate)
+    for reference, given, error, said in (
+        ("free@1", None, InputError, "free@1 was trained by a recipe without `evaluation`: name one .* --recipe"),
+        ("gated@1", None, InputError, "gated@1 came from run run-2, which .* does not hold: name its recipe"),
+        ("gated@1", str(RECIPE), ConfigError, "evaluation: is not there; say what shall be measured"),
+        ("gated@2", None, AdapterNotFound, "its versions: 1"),
+        ("gated", None, AdapterNotFound, "no alias stable"),
+        ("../x", None, ConfigError, "write name, name@7 or name@alias"),
+    ):
+        with pytest.raises(error, match=said):
+            release_evaluate(reference, store.url, given, [])
+
+
+def test_the_entry_of_a_submitted_job(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, said in (
+        ([], "write python -m jobs.evaluate"),
+        (["a@1"], "write python -m jobs.evaluate"),
+        (["a@1", f"store={store.url}"], "no adapter a@1"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["jobs.evaluate", *arguments])
+        assert evaluate_entry.main() == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_stop_request_ends_an_evaluation_and_the_run_is_not_lost_meanwhile(store: FolderStore) -> None:
+    recipe = load(RECIPE, Recipe, ["evaluation={safety: {}}"])
+    run = _run(recipe, Requirement.of(("safety",), {}))
+    store.create(keys.run_record(run.run_id), run.to_bytes())
+    runs.tell(store, run.run_id, "training", "running")
+    assert runs.find(store, run.run_id).state == "lost", "nobody has given a sign of life"
+    began = threading.Event()
+    with pytest.raises(KeyboardInterrupt), _alive(store, run.run_id):
+        while runs.find(store, run.run_id).state == "lost":
+            began.wait(0.01)
+        assert runs.find(store, run.run_id).state == "running"
+        signal.raise_signal(signal.SIGTERM)
+    runs.ask_to_stop(store, run.run_id)
+    with pytest.raises(KeyboardInterrupt), _alive(store, run.run_id):
+        began.wait(60)
 
 
 def _run(recipe: Recipe, required: Requirement) -> RunRecord:
