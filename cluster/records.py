@@ -221,13 +221,15 @@ class ModelManifest(Record):
 
 
 class DatasetManifest(Record):
-    """A tokenised dataset. `skipped` counts rows that could not be used, by reason."""
+    """A tokenised dataset. `skipped` counts rows that could not be used, by reason; `cut` samples lost their end to
+    the length that they may have, as the recipe asked."""
 
     digest: str
     files: tuple[FileRecord, ...]
     samples: int
     tokens: int
     supervised_tokens: int
+    cut: int = 0
     skipped: dict[str, int]
     created_at: str
 

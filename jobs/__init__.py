@@ -10,7 +10,9 @@ brief       a plan as text
 rows        the rows of a data file, each with its place
 data/       data that can be answered for: looked at, cleaned and described before anything is trained on it
 formats     a row of any common format, to a conversation
-chat        a conversation, rendered by the model's own template, to supervised tokens
+template    the model's own chat template: a conversation's text, and where in it the answers stand
+truth       whether what it writes is still the conversation that was given; pure
+chat        a conversation or a text, to supervised tokens
 data        what is in the rows: checked, cleaned and described before anything is trained on them
 dataset     tokenise once on CPU workers, into the store's dataset cache
 packing     sample order, packs and each rank's share; pure

@@ -31,8 +31,7 @@ from cluster.who import submitter
 from jobs import dataset, limits, run_record, runs, terms
 from jobs.attempts import Attempts
 from jobs.config import FullConfig, LoraConfig, Method, Recipe
-from jobs.data import prepare, prepared
-from jobs.data.card import Card
+from jobs.data import prepared
 from jobs.data.request import Files
 from jobs.plan import Plan, make_plan, shape_of
 from jobs.release import release
@@ -89,8 +88,7 @@ def begin(
     plan = make_plan(recipe, shape)
     _check_model(folder, recipe)
     say(summary(recipe, plan))
-    card = _check_data(files, recipe, folder, store)
-    rows = prepared.fetch(card, store) if card else files
+    card, rows = prepared.for_run(recipe, files, folder, store)
     tokenised = [tokenise(some, recipe, folder, store) for some in rows if some]
     required = suites.require(store, tokenised[1] if len(tokenised) > 1 else None) if suites else None
     read = run_record.sources(recipe, files[0], files[1], licences)
@@ -245,29 +243,15 @@ def _check_model(folder: Path, recipe: Recipe) -> None:
     check_targets(skeleton(folder), recipe.method)
 
 
-def _check_data(files: Sequence[Files], recipe: Recipe, folder: Path, store: Store) -> Card | None:
-    """The prepared set that data.rules ask for; None where the rows are taken as they are. Raises DataError."""
-    if recipe.data.rules is None:
-        return None
-    request, paths = prepared.request_of(recipe, files[0], files[1], folder)
-    card = prepare.prepare(request, paths, store)
-    for warning in card.warnings:
-        say(f"warning: {warning}")
-    say(
-        f"data: {card.before.rows:,} rows checked, {card.after.rows:,} to train on; what was found: "
-        f"`luthier jobs data card {card.digest[:12]} --store {store.url}`"
-    )
-    return card
-
-
 def tokenise(files: Files, recipe: Recipe, folder: Path, store: Store) -> str:
     manifest, faults = dataset.prepare(files, recipe.data, folder, store)
     for fault in faults[: dataset.EXAMPLES_SHOWN]:
         say(f"warning: left out {fault.place}: {fault.reason}")
+    cut = f", {manifest.cut:,} cut to {recipe.data.sequence_length:,} tokens" if manifest.cut else ""
     left_out = f", {sum(manifest.skipped.values())} row(s) left out" if manifest.skipped else ""
     say(
         f"data: {', '.join(name for name, _ in files)}: {manifest.samples:,} samples, {manifest.tokens:,} tokens, "
-        f"{manifest.supervised_tokens:,} supervised{left_out} (dataset {manifest.digest[:12]})"
+        f"{manifest.supervised_tokens:,} supervised{cut}{left_out} (dataset {manifest.digest[:12]})"
     )
     return manifest.digest
 

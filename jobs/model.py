@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -126,3 +127,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} has no tokenizer that can be loaded: {error}") from error
     return tokenizer
+
+
+def stop_ids(folder: Path) -> frozenset[int]:
+    """Ids at which generation with this model stops, besides its tokenizer's eos_token: what the engines go by."""
+    try:
+        eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    except OSError:  # without the file, transformers takes what the model's config says
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError):  # a tokenizer by itself
+            return frozenset()
+        eos = GenerationConfig.from_model_config(config).eos_token_id
+    return frozenset({eos} if isinstance(eos, int) else eos or ())

@@ -16,6 +16,7 @@ from cluster.models import ModelConfig
 from cluster.place import ClusterConfig
 from jobs.config import Recipe
 from jobs.data.markers import Words
+from jobs.data.rules import Rules
 from jobs.plan import make_plan, shape_of
 from serving.config import ServingConfig
 
@@ -38,6 +39,7 @@ SCHEMAS: dict[str, type[Config]] = {
     "serving": ServingConfig,
     "licences": Facts,
     "organisation": Organisation,
+    "data": Rules,
     "markers": Words,
 }
 

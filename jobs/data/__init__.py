@@ -14,6 +14,7 @@ balance     how often a row is taken, so that groups weigh what they shall; pure
 prepare     all of it, in order: parts, the whole, the rows that stay, the card
 card        what was found, done and left, as a record and as text
 prepared    the sets that a store has, what a recipe asks for, and their rows on this machine
+augment     more rows for a small set, each marked as synthetic
 progress    rows, rows a second, and how long it still takes
 search      where a text is in the data that a store has
 forget      what was trained on it, and all that came of that
@@ -28,4 +29,6 @@ names       names of people, where spaCy is installed
 replace     marks or surrogates where personal data stood
 markers     words of hate, and phrases that command a model
 near        near duplicates: MinHash, bands, groups
+sample      a row as the model will see it: tokens, what is learned of them, what is cut
+show        … printed: `luthier jobs data show`
 """

@@ -146,7 +146,7 @@ def _lines(card: Card) -> Iterator[str]:
     ]
     for source in card.sources:
         purpose = "training" if source.split == "rows" else "evaluation"
-        licence = source.licence or "not said: taken as our own"
+        licence = source.licence or "not known"
         teachers = ", ".join(source.teachers) or "-"
         yield f"| {_cell(source.name)} | {purpose} | {source.size:,} | {licence} | {teachers} | {source.sha256[:12]} |"
     yield from ["", "## Before and after", "", "| | before | after |", "|---|---|---|"]

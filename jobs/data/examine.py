@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -82,6 +82,7 @@ class Examined:
     language: str = ""
     group: str = ""
     synthetic: bool = False
+    teacher: str = ""
     findings: list[Finding] = field(default_factory=list)
 
     def note(self, check: Check, do: str, detail: str, note: str = "", now: tuple[str, str] | None = None) -> bool:
@@ -110,6 +111,8 @@ class Examiner:
             found.note("format", self._rules.format, "no row", row.reason)
             return found
         found.synthetic = row.get("synthetic") is True
+        if found.synthetic and isinstance(made := row.get("synthetic_by"), dict):
+            found.teacher = str(made.get("teacher", ""))
         found.row = self._tidied(row, found)
         if not self._is_discreet(found):
             return found
@@ -192,7 +195,8 @@ class Examiner:
                 "template", "remove" if sample.agreed else self._rules.template, _plain(sample.reason), sample.reason
             )
         found.tokens = len(sample.input_ids)
-        return True
+        # That rows are cut is the recipe's word (data.overlong: truncate); which ones are is worth knowing.
+        return not sample.cut or found.note("template", "warn", "cut", f"{sample.cut:,} tokens are cut off")
 
 
 @lru_cache(maxsize=1)
@@ -210,8 +214,26 @@ def text_of(example: Example) -> str:
 
 def digest_of(example: Example) -> bytes:
     """Sixteen bytes that two rows share when they say the same, whatever their format and white space."""
-    said = json.dumps(_mapped(asdict(example), lambda text, _: " ".join(text.split()), ""), sort_keys=True)
-    return hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    said: list[object]
+    if isinstance(example, Conversation):
+        said = [
+            (
+                turn.role,
+                _spaced(turn.content),
+                [(call.name, call.arguments) for call in turn.tool_calls],
+                turn.supervised,
+            )
+            for turn in example.messages
+        ]
+        said.append(example.tools)
+    else:
+        said = [_spaced(example.prompt), _spaced(example.completion)]
+    written = json.dumps(said, sort_keys=True)
+    return hashlib.blake2b(written.encode(), digest_size=16).digest()
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
 
 
 def language_of(text: str, rule: Language, identify: Callable[[str], tuple[str, float]]) -> str:

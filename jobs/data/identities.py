@@ -15,7 +15,8 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Identity:
-    """One country's number. `checker` is a module of stdnum; `word` must stand before it, where it is given."""
+    """One country's number. `checker` is a module of stdnum, or "" where the shape has to do; `word` must stand before
+    it, where it is given."""
 
     country: str
     shape: str
@@ -27,6 +28,7 @@ IDENTITIES = (
     Identity("CN", r"\d{17}[\dXx]", "cn.ric"),
     Identity("US", r"\d{3}-\d{2}-\d{4}", "us.ssn"),
     Identity("US", r"\d{3} ?\d{2} ?\d{4}", "us.ssn", r"ssn|social security"),
+    Identity("US", r"(?!000|666)\d{3}-\d{2}-\d{4}", "", r"ssn|social security|\bitin"),
     Identity("BE", r"\d{2}\.\d{2}\.\d{2}-\d{3}\.\d{2}", "be.nn"),
     Identity("BR", r"\d{3}\.\d{3}\.\d{3}-\d{2}", "br.cpf"),
     Identity("CZ", r"\d{6}/\d{4}", "cz.rc"),
@@ -45,32 +47,83 @@ IDENTITIES = (
     Identity("RO", r"\d{13}", "ro.cnp", r"\bcnp|cod numeric"),
     Identity("SE", r"(?:\d{2})?\d{6}[-+]\d{4}", "se.personnummer"),
 )
-_NEAR = r"[^\n]{0,24}?"
+_FREE = r"(?=[0-9A-Z])(?<![0-9A-Za-z.\-/+])(?:{})(?![0-9A-Za-z]|[.\-/]\d)"
+_WORD_CHARACTERS = 40
 
 
 def find_ids(text: str) -> Iterator[Span]:
     """Spans of the numbers of all countries of the table."""
-    for shape, word, checker in _compiled():
-        for found in shape.finditer(text):
-            start, end = found.span()
-            if word and not word.search(text, max(0, start - 40), start):
-                continue
-            if checker.is_valid(found[0].upper()):
-                yield start, end
-
-
-@cache
-def _compiled() -> list[tuple[re.Pattern[str], re.Pattern[str] | None, Any]]:
-    return [
-        (
-            re.compile(rf"(?<![0-9A-Za-z.\-/+])(?:{identity.shape})(?![0-9A-Za-z]|[.\-/]\d)"),
-            re.compile(f"(?:{identity.word}){_NEAR}\\Z", re.IGNORECASE) if identity.word else None,
-            import_module(f"stdnum.{identity.checker}"),
-        )
-        for identity in IDENTITIES
-    ]
+    for found in _plain_shapes().finditer(text):
+        if any(shape.fullmatch(found[0]) and checker.is_valid(found[0].upper()) for shape, checker in _checkers(False)):
+            yield found.span()
+    lower = text.lower()
+    for needles, word, shape, checker in _announced_shapes():
+        if any(needle in lower for needle in needles):
+            for found in shape.finditer(text):
+                before = text[max(0, found.start() - _WORD_CHARACTERS) : found.start()].rpartition("\n")[2]
+                if word.search(before) and checker.is_valid(found[0].upper()):
+                    yield found.span()
 
 
 def is_identity(text: str) -> bool:
-    """Whether any country's checker takes the whole text, with or without a word before it."""
-    return any(shape.fullmatch(text) and checker.is_valid(text.upper()) for shape, _, checker in _compiled())
+    """Whether any country's checker takes the whole text."""
+    return any(shape.fullmatch(text) and checker.is_valid(text.upper()) for shape, checker in _checkers(True))
+
+
+@cache
+def _plain_shapes() -> re.Pattern[str]:
+    """All shapes that need no word before them, as one pattern: one pass over the text."""
+    return re.compile(_FREE.format("|".join(identity.shape for identity in IDENTITIES if not identity.word)))
+
+
+@cache
+def _announced_shapes() -> list[tuple[list[str], re.Pattern[str], re.Pattern[str], Any]]:
+    """(words, the same as a pattern, shape, checker) of all others."""
+    return [
+        (
+            identity.word.replace(r"\b", "").split("|"),
+            re.compile(identity.word, re.IGNORECASE),
+            re.compile(_FREE.format(identity.shape)),
+            _checker(identity.checker),
+        )
+        for identity in IDENTITIES
+        if identity.word
+    ]
+
+
+@cache
+def _checkers(with_announced: bool) -> list[tuple[re.Pattern[str], Any]]:
+    chosen = [identity for identity in IDENTITIES if with_announced or not identity.word]
+    return [(re.compile(identity.shape), _checker(identity.checker)) for identity in chosen]
+
+
+def _checker(module: str) -> Any:
+    if not module:
+        return _Shape
+    return _Resident if module == "cn.ric" else import_module(f"stdnum.{module}")
+
+
+class _Shape:
+    """Takes whatever has the shape."""
+
+    @staticmethod
+    def is_valid(number: str) -> bool:
+        return bool(number)
+
+
+class _Resident:
+    """stdnum's checks of a Chinese identity number, but for one: that the county's code was in use in the birth year.
+    Codes are given at registration, often years later."""
+
+    @staticmethod
+    def is_valid(number: str) -> bool:
+        from stdnum import numdb
+        from stdnum.cn import ric
+        from stdnum.exceptions import ValidationError
+
+        try:
+            born = ric.get_birth_date(number).year
+        except ValidationError:
+            return False
+        county = any(properties for _, properties in numdb.get("cn/loc").info(number[:6]))
+        return county and 1900 <= born < 2100 and ric.calc_check_digit(number) == number[-1]

@@ -238,7 +238,7 @@ def _shingles(texts: list[str]) -> tuple[UInt32, Ids]:
 def _windows(tokens: UInt64, size: int) -> UInt64:
     """A hash of each token with the size - 1 that follow; the last size - 1 are of no use."""
     factors = _mixed(np.arange(size, dtype=np.uint64) + np.uint64(16 * size)) | np.uint64(1)
-    result = tokens * factors[0]
+    result: UInt64 = tokens * factors[0]
     for number in range(1, size):
         result[: max(0, len(tokens) - number)] += tokens[number:] * factors[number]
     return result
@@ -279,8 +279,8 @@ def _powers(count: int) -> tuple[UInt64, UInt64]:
 @cache
 def _kinds() -> npt.NDArray[np.uint8]:
     """For each code point: part of a word, a word by itself, or neither."""
-    points = np.arange(0x110000, dtype=np.uint32)
-    kinds: npt.NDArray[np.uint8] = np.strings.isalnum(points.view("U1")).astype(np.uint8)
+    letters = np.arange(0x110000, dtype=np.uint32).view("U1")
+    kinds: npt.NDArray[np.uint8] = np.strings.isalnum(letters).astype(np.uint8)
     for first, last in _UNSPACED:
         kinds[first : last + 1] *= _SINGLE
     return kinds

@@ -27,7 +27,7 @@ _OTHER_NUMBER = re.compile(
     r"(?:\b(?:order|invoice|tracking|ticket|serial|sku|isbn|issn|doi|part|model|case|ref|reference|item|product|version|"
     r"build|batch|lot|transaction|shipment|parcel|receipt|account|asin|upc|ean|pmid|arxiv|patent|rfc|id)\b"
     r"|订单|单号|编号|编码|发票|流水|快递|运单|序列|型号|版本|批次|条码|货号|工单)"
-    r"[^.!?。！？\n]{0,14}\Z",
+    r"(?:no\b|numbers?\b|num\b|nr\b|id\b|code\b|key\b|is\b|was\b|in\b|号码?|码|为|是|[ .:#=(\"'/-]|[A-Z]{1,3}-)*\Z",
     re.IGNORECASE,
 )
 _PHONE_WORD = re.compile(
@@ -37,7 +37,7 @@ _PHONE_WORD = re.compile(
 )
 
 _CARD = re.compile(
-    r"(?<![0-9A-Za-z.\-/])"
+    r"(?<![0-9A-Za-z.\-/+])"
     r"(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{1,4}(?:\1\d{1,3})?|\d{4}([ -]?)\d{6}\2\d{4,5}|\d{13,19})"
     r"(?![0-9A-Za-z])"
 )
@@ -54,7 +54,9 @@ _ISSUERS = (
 )
 _IBAN = re.compile(r"(?<![0-9A-Za-z])[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}")
 _IPV4 = re.compile(r"(?<![0-9A-Za-z.\-])\d{1,3}(?:\.\d{1,3}){3}(?![0-9A-Za-z]|\.\d|-\w)")
-_IPV6 = re.compile(r"(?<![0-9A-Za-z:.])(?:[0-9A-Fa-f]{1,4}:|:){2,8}(?::|[0-9A-Fa-f]{1,4})?(?![0-9A-Za-z:])")
+_IPV6 = re.compile(
+    r"(?<![0-9A-Za-z.])(?<![0-9A-Fa-f:]:)(?:[0-9A-Fa-f]{1,4}:|:){2,7}(?:[0-9A-Fa-f]{1,4}|:)(?![0-9A-Za-z]|:[0-9A-Fa-f:])"
+)
 _VERSION = re.compile(
     r"(?:\bv|\bver\.?|version|release|build|firmware|driver|section|chapter|§|版本|固件|章节?)[^\n\w]{0,3}\Z",
     re.IGNORECASE,
@@ -154,23 +156,33 @@ def find_phones(text: str, regions: tuple[str, ...] = REGIONS) -> Iterator[Span]
 
 @lru_cache(maxsize=8_192)
 def _phones_in(candidate: str, regions: tuple[str, ...], announced: bool) -> tuple[Span, ...]:
-    import phonenumbers
-    from phonenumbers import Leniency, PhoneNumberMatcher
-
-    bare = candidate.isdigit()
-    if bare and not announced and not ("CN" in regions and _CN_MOBILE.match(candidate)):
+    bare, international = candidate.isdigit(), candidate.startswith("+")
+    digits = re.sub(r"\D", "", candidate)
+    mobile = "CN" in regions and _CN_MOBILE.match(digits) is not None
+    if bare and not announced and not mobile:
         return ()
     if "US" in regions and _NANP.match(candidate):
         return ((0, len(candidate)),)
-    certain = announced or candidate.startswith("+")
-    leniency = Leniency.VALID if certain or bare else Leniency.STRICT_GROUPING
-    for region in ("ZZ",) if candidate.startswith("+") else regions:
-        if bare and not announced and region != "CN":
-            continue
+
+    import phonenumbers
+    from phonenumbers import Leniency, PhoneNumberMatcher
+
+    leniency = Leniency.VALID if announced or international or bare else Leniency.STRICT_GROUPING
+    best: tuple[Span, ...] = ()
+    for region in ("ZZ",) if international else regions:
+        if not announced and not international and not (mobile if region == "CN" else False):
+            # A number that nothing announces begins with the digit that one dials within the country, usually a 0.
+            trunk = _trunk(region)
+            if bare or not digits.startswith(trunk or "") or region == "US":
+                continue
         found = tuple((match.start, match.end) for match in PhoneNumberMatcher(candidate, region, leniency))
-        if found:
-            return found
-    if announced and not bare and len(re.sub(r"\D", "", candidate)) >= 10:
+        if sum(end - start for start, end in found) > sum(end - start for start, end in best):
+            best = found
+        if best == ((0, len(candidate)),):
+            break
+    if best:
+        return best
+    if announced and not bare and len(digits) >= 10:
         try:
             number = phonenumbers.parse(candidate, regions[0] if regions else "ZZ")
         except phonenumbers.NumberParseException:
@@ -178,6 +190,14 @@ def _phones_in(candidate: str, regions: tuple[str, ...], announced: bool) -> tup
         if phonenumbers.is_possible_number(number):
             return ((0, len(candidate)),)
     return ()
+
+
+@lru_cache(maxsize=256)
+def _trunk(region: str) -> str | None:
+    from phonenumbers import PhoneMetadata
+
+    metadata = PhoneMetadata.metadata_for_region(region, None)
+    return metadata.national_prefix if metadata else None
 
 
 def _before(words: re.Pattern[str], text: str, start: int) -> bool:

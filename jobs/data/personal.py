@@ -24,13 +24,13 @@ Span = tuple[int, int]
 _DIGITS = re.compile(r"\d[\d ().\-/]{5,}\d|\d{3}[A-Za-z-]|\d{1,3}\.\d")
 _NUMERIC: tuple[tuple[Kind, Callable[[str], Iterator[Span]]], ...] = (
     ("card", find_cards),
-    ("iban", find_ibans),
     ("national_id", find_ids),
 )
 
 # Web addresses in CSS and file names have an @ too: icon@2x.png
 _FILES = frozenset({"png", "jpg", "jpeg", "gif", "svg", "webp", "ico", "css", "js", "json", "html", "py", "md", "txt"})
 _LOCAL = re.compile(r"[A-Za-z0-9À-ÖØ-öø-ɏ.!#$%&'*+/=?^_`{|}~-]{1,64}\Z")
+_LOGIN = re.compile(r"://[^\s/@]*:[^\s/@]*\Z")
 _DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}(?:xn--[a-z0-9-]{2,59}|[A-Za-z]{2,24})")
 
 
@@ -59,6 +59,8 @@ def find(
     if "ip" in kinds:
         spans += (("ip", span) for span in find_ips(plain))
     if _DIGITS.search(plain):
+        if "iban" in kinds:
+            spans += (("iban", span) for span in find_ibans(plain))
         numbers = without_other_numbers(plain)
         for kind, search in _NUMERIC:
             if kind in kinds:
@@ -84,6 +86,7 @@ def find_emails(text: str) -> Iterator[Span]:
             start = local.end() - len(local[0].lstrip(".!#$%&'*/=?^`{|}~-"))
             last = domain[0].rpartition(".")[2].lower()
             remote = local[0] == "git" and text.startswith(":", domain.end())  # git@host:owner/name
-            if start < at and text[at - 1] != "." and last not in _FILES and not remote:
+            login = _LOGIN.search(text, max(0, at - 200), at)  # scheme://name:password@host: find_secrets has it
+            if start < at and text[at - 1] != "." and last not in _FILES and not remote and not login:
                 yield start, domain.end()
         at = text.find("@", at + 1)

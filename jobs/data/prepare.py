@@ -10,7 +10,7 @@ Only a few parts are in memory at a time, here and in the tasks, whatever the si
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,7 @@ LIBRARIES = ("ftfy", "py3langid", "phonenumbers", "python-stdnum", "detect-secre
 NAMED = 5
 """Refused rows that an error names."""
 
+Tell = Callable[[str], None]
 Take = npt.NDArray[np.uint16]
 
 
@@ -51,20 +52,20 @@ def answered(request: Request, store: Store, with_rows: bool) -> Card | None:
     return None
 
 
-def check(request: Request, paths: Sequence[Path], store: Store) -> Card:
+def check(request: Request, paths: Sequence[Path], store: Store, tell: Tell = say) -> Card:
     """What is to be found in the set, and what would become of it; no rows are written.
 
     What was examined is kept in the store, for `prepare` to go on from. Raises DataError for a file that is unreadable.
     """
     if card := answered(request, store, with_rows=False):
         return card
-    card, _, _ = _examined(request, paths, store)
+    card, _, _ = _examined(request, paths, store, tell)
     with suppress(ObjectExists):
         store.create(keys.prepared_check(request.digest), card.to_bytes())
     return card
 
 
-def prepare(request: Request, paths: Sequence[Path], store: Store) -> Card:
+def prepare(request: Request, paths: Sequence[Path], store: Store, tell: Tell = say) -> Card:
     """The prepared set, made unless the store has it.
 
     Raises:
@@ -73,7 +74,7 @@ def prepare(request: Request, paths: Sequence[Path], store: Store) -> Card:
     if card := answered(request, store, with_rows=True):
         return card
     began = time.monotonic()
-    card, table, take = _examined(request, paths, store)
+    card, table, take = _examined(request, paths, store, tell)
     _refuse(card, store)
     written = _write(request, table, take, store)
     files = {split: tuple(file for file in written if file.file.startswith(split)) for split in ("rows", "evaluation")}
@@ -93,10 +94,10 @@ def prepare(request: Request, paths: Sequence[Path], store: Store) -> Card:
     return card
 
 
-def _examined(request: Request, paths: Sequence[Path], store: Store) -> tuple[Card, Table, Take]:
+def _examined(request: Request, paths: Sequence[Path], store: Store, tell: Tell) -> tuple[Card, Table, Take]:
     """Stages 1 and 2: the card without files, the table, and how often each row is taken."""
     began = time.monotonic()
-    parts = _examine(request, paths, store)
+    parts = _examine(request, paths, store, tell)
     table = gather(
         (stage.read_part(store.get(keys.prepared_part(request.digest, n))) for n in range(parts)), request.sources
     )
@@ -128,11 +129,11 @@ def _examined(request: Request, paths: Sequence[Path], store: Store) -> tuple[Ca
     return card, table, take
 
 
-def _examine(request: Request, paths: Sequence[Path], store: Store) -> int:
+def _examine(request: Request, paths: Sequence[Path], store: Store, tell: Tell) -> int:
     """Stage 1; how many parts there are."""
     prefix, ending = keys.prepared_parts_prefix(request.digest), ".arrow"
     there = {item.key for item in store.list(prefix) if item.key.endswith(ending)}
-    progress = Progress(sum(source.size for source in request.sources), say)
+    progress = Progress(sum(source.size for source in request.sources), tell)
     shipped = ray.put(request)
     task = ray.remote(num_cpus=1, max_retries=3)(stage.examine_part)
     parts = 0
@@ -149,10 +150,10 @@ def _examine(request: Request, paths: Sequence[Path], store: Store) -> int:
             before = part.bytes_before
 
     if there:
-        say(f"data: {len(there):,} parts were examined before, and are not again")
+        tell(f"data: {len(there):,} parts were examined before, and are not again")
     for rows, bytes_done in _bounded(calls()):
         progress.done(rows, bytes_done)
-    say(f"data: examined {progress.end()}")
+    tell(f"data: examined {progress.end()}")
     return parts
 
 
@@ -238,14 +239,22 @@ def _taken(table: Table, request: Request) -> tuple[Take, dict[str, float]]:
 
 
 def _warnings(table: Table, request: Request, take: Take) -> tuple[str, ...]:
+    found = []
+    told = {(report.source, teacher) for report in table.reports for teacher in report.teachers}
+    for number, teacher in sorted(told):
+        source = request.sources[number]
+        if teacher not in source.teachers:
+            found.append(
+                f"{source.name} has rows by the model {teacher}, which data.licences does not name as a teacher"
+            )
     rule = request.rules.balance
     codes = table.source if rule.by == SOURCE else table.group
     sums = np.bincount(codes, np.where(table.is_evaluation, 0, take))
     counts = sums[sums > 0]
     if len(counts) > 1 and counts.max() > rule.warn_above * counts.min():
         ratio = counts.max() / counts.min()
-        return (f"the largest group by {rule.by} has {ratio:,.0f} times the rows of the smallest",)
-    return ()
+        found.append(f"the largest group by {rule.by} has {ratio:,.0f} times the rows of the smallest")
+    return tuple(found)
 
 
 def _refuse(card: Card, store: Store) -> None:

@@ -3,18 +3,44 @@
 import fcntl
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import keys, models, records
 from cluster.errors import InputError, ObjectNotFound, StoreError
+from cluster.licences.gate import Gate
 from cluster.logs import say
 from cluster.models import ModelConfig, cache_folder
 from cluster.store import Store
-from jobs.config import Recipe
+from jobs import terms
+from jobs.config import DataConfig, DataLicence, Recipe
+from jobs.data import prepare
 from jobs.data.card import Card
 from jobs.data.request import Files, Request, Template, make_request
 from jobs.data.rules import Rules
 from jobs.dataset import locate_all
+
+
+def for_run(recipe: Recipe, files: Sequence[Files], folder: Path, store: Store) -> tuple[Card | None, Sequence[Files]]:
+    """The set that data.rules ask for, made unless it is there, and its files instead of these; or these as they are.
+
+    Args:
+        files: those to train on, and those to evaluate on.
+        folder: the model's.
+
+    Raises DataError as `prepare.prepare` does.
+    """
+    if recipe.data.rules is None:
+        return None, files
+    request, paths = request_of(recipe, files[0], files[1], folder)
+    card = prepare.prepare(request, paths, store)
+    for warning in card.warnings:
+        say(f"warning: {warning}")
+    say(
+        f"data: {card.before.rows:,} rows checked, {card.after.rows:,} to train on; what was found: "
+        f"`luthier jobs data card {card.digest[:12]} --store {store.url}`"
+    )
+    return card, fetch(card, store)
 
 
 def request_of(recipe: Recipe, train: Files, evaluation: Files, folder: Path | None) -> tuple[Request, list[Path]]:
@@ -24,15 +50,21 @@ def request_of(recipe: Recipe, train: Files, evaluation: Files, folder: Path | N
         folder: the model's, where it is on this machine.
     """
     template = Template.of(recipe.model.name, folder, recipe.data) if folder else None
-    licences = {name: recipe.data.licence_of(name) for name, _ in (*train, *evaluation)}
+    licences = licences_of([name for name, _ in (*train, *evaluation)], recipe.data)
     return make_request(train, evaluation, recipe.data.rules or Rules(), template, licences)
 
 
-def asked_by(recipe: Recipe, store: Store) -> tuple[Request, list[Path]]:
+def licences_of(names: Sequence[str], data: DataConfig | None = None) -> dict[str, DataLicence]:
+    """What each source is under, for the card."""
+    gate = Gate.here()
+    return {name: terms.licence_of(data or DataConfig(train=tuple(names)), name, gate) for name in names}
+
+
+def asked_by(recipe: Recipe, store: Store, tell: prepare.Tell = say) -> tuple[Request, list[Path]]:
     """The request of a recipe that only is looked at: its model is not fetched for that."""
     folder = model_at_hand(recipe.model, store)
     if folder is None:
-        say(f"warning: {recipe.model.name} is not on this machine, so length and template are not checked")
+        tell(f"warning: {recipe.model.name} is not on this machine, so length and template are not checked")
     train, evaluation = (locate_all(names, store, Path.cwd()) for names in (recipe.data.train, recipe.data.evaluation))
     return request_of(recipe, train, evaluation, folder)
 

@@ -86,7 +86,7 @@ def make_request(
     evaluation: Files,
     rules: Rules,
     template: Template | None = None,
-    licences: Mapping[str, DataLicence | None] | None = None,
+    licences: Mapping[str, DataLicence] | None = None,
 ) -> tuple[Request, list[Path]]:
     """The request, and where each of its sources is on this machine. Reads every file once, for its digest.
 

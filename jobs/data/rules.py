@@ -9,6 +9,7 @@ remove   the row is left out
 refuse   nothing is prepared or trained, and the first places are named
 """
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -35,6 +36,9 @@ Row = Annotated[Literal["off", "warn", "remove", "refuse"], BeforeValidator(_off
 Text = Annotated[Literal["off", "warn", "mend"], BeforeValidator(_off)]
 Value = Annotated[Literal["off", "warn", "mask", "replace", "remove", "refuse"], BeforeValidator(_off)]
 
+SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "policy" / "data.yaml"
+"""What commands go by where nothing else is said."""
+
 SOURCE = "source"
 """What `balance.by` calls the file that a row comes from; anything else is a column."""
 
@@ -44,7 +48,7 @@ class Language(Config):
 
     do: Row = "off"
     allowed: tuple[str, ...] = Field(("en",), description="ISO 639-1 codes")
-    characters: PositiveInt = Field(400, description="of a row's text that are looked at")
+    characters: PositiveInt = Field(200, description="of a row's text that are looked at")
     shortest: PositiveInt = Field(40, description="characters below which a text is not judged")
     confidence: Share = Field(0.9, description="below which a text is not judged")
 

@@ -1,13 +1,18 @@
 """Near duplicates and near leakage of a whole set: signatures in a file, and in memory only what is looked at.
 
 A signature is 512 bytes, so that those of a million rows would be half a gigabyte. They are written to a file as they
-come from the store, and mapped: of them only candidates are ever read again.
+come from the store, and only those of candidates are read again. Mapped into memory, a few of them in every 64 KiB
+would bring in the whole file: a driver of a million rows then had 991 MiB.
 """
 
+import os
 import tempfile
 from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from cluster import keys
 from cluster.store import Store
@@ -34,6 +39,28 @@ def pairs(table: Table, digest: str, threshold: float, store: Store) -> Pairs:
                 file.write(some.tobytes())
                 bands[done : done + len(some)] = near.bands(some, threshold)
                 done += len(some)
-        signatures = np.memmap(signatures_file, np.uint32, "r", shape=(len(rows), near.PERMUTATIONS))
-        found = near.groups(bands, signatures, threshold)
+        with _Signatures(signatures_file, len(rows)) as signatures:
+            found = near.groups(bands, cast("near.UInt32", signatures), threshold)
     return [(int(rows[of]), int(rows[index]), similarity) for of, index, similarity in found]
+
+
+class _Signatures:
+    """What `near.groups` needs of an array [rows, permutations] of signatures, read from a file row by row."""
+
+    def __init__(self, path: Path, rows: int) -> None:
+        self._file = os.open(path, os.O_RDONLY)
+        self._rows = rows
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        os.close(self._file)
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __getitem__(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
+        size = 4 * near.PERMUTATIONS
+        read = b"".join([os.pread(self._file, size, size * row) for row in rows.tolist()])
+        return np.frombuffer(read, np.uint32).reshape(len(rows), near.PERMUTATIONS)

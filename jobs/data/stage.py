@@ -58,11 +58,12 @@ class RowExample(Record):
 
 
 class PartReport(Record):
-    """What a part's rows were found to be: by check and outcome, and by check and detail."""
+    """What a part's rows were found to be: by check and outcome or detail; and which models wrote some."""
 
     source: int
     unit: str
     rows: int
+    teachers: tuple[str, ...] = ()
     counts: dict[Check, dict[Outcome, int]]
     details: dict[Check, dict[str, int]]
     examples: dict[Check, dict[Outcome, tuple[RowExample, ...]]]
@@ -132,6 +133,7 @@ def report_of(part: Part, examined: list[Examined]) -> PartReport:
         source=part.source,
         unit=part.places[0].unit,
         rows=len(examined),
+        teachers=tuple(sorted({row.teacher for row in examined if row.teacher})),
         counts={check: dict(found) for check, found in counts.items()},
         details={check: dict(found) for check, found in details.items()},
         examples={check: {name: tuple(rows) for name, rows in found.items()} for check, found in examples.items()},

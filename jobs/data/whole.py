@@ -1,7 +1,7 @@
 """What no row alone decides: which rows say the same as an earlier one, and which are in the evaluation data too.
 
 Evaluation files come first in a set, so that a training row's twin in them always is the earlier one. Rows of
-evaluation are never taken out: it is for training to leave them alone.
+evaluation are never taken out: it is for training to leave them alone. Synthetic rows may be like their origin.
 """
 
 from collections.abc import Iterable, Iterator
@@ -55,6 +55,8 @@ def judge(table: Table, pairs: Pairs, rules: Rules, kind: str) -> Iterator[Twin]
     for of, index, similarity in pairs:
         if is_evaluation[index] or table.why[index] != KEPT:
             continue
+        if near and table.synthetic[index] and not is_evaluation[of]:
+            continue  # it was made to be like another one
         check: Check = f"{near}{'leakage' if is_evaluation[of] else 'duplicates'}"  # type: ignore[assignment]
         do = leaks if is_evaluation[of] else doubles
         if do == "off":

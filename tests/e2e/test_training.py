@@ -20,6 +20,7 @@ from cluster.nodes import LocalCluster
 from cluster.records import BaseModelRef, CheckpointManifest, RunRecord
 from cluster.store import Store, open_store
 from jobs import lineage, runs
+from jobs.data.card import Card
 from jobs.progress import StepRecord
 from jobs.runs import checkpoint_steps, read_events, read_steps
 from tests.conftest import TinyModels
@@ -47,6 +48,9 @@ def test_the_records_say_what_happened(pair: Pair) -> None:
     assert (one["adapter"], two["adapter"]) == ("pair-one@1", "pair-two@1")
     run = records.read(store, keys.run_record(one["run_id"]), RunRecord)
     assert run.recipe["train"]["workers"] == 1
+    assert run.prepared
+    card = records.read(store, keys.prepared_card(run.prepared), Card)
+    assert (card.before.rows, card.after.rows, card.model) == (300, 300, "tiny-test")
     steps = list(read_steps(store, two["run_id"]))
     assert [step["step"] for step in steps] == list(range(8))
     assert set(steps[0]) == set(StepRecord.__dataclass_fields__)
