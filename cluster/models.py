@@ -219,7 +219,7 @@ def mirror(
     record = ModelManifest(
         name=model.name,
         revision=revision,
-        source=origin or (f"run {how.run_id}" if how else model.source),
+        source=f"run {how.run_id}" if how else origin or model.source,
         licence=model.licence,
         files=files,
         created_at=records.now(),

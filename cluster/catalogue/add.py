@@ -65,9 +65,10 @@ def add(wanted: Wanted, store: Store, gate: Gate, say: Say, config_out: Path | N
         return _add(located, located.folder, wanted, store, gate, say, config_out)
     with _room(located.model.name) as room:
         done = convert(located.folder, room, say)
+        changed: dict[str, object] = {"revision": None}  # a commit has other bytes
         if not wanted.source.endswith((".yaml", ".yml")):  # a config says it
-            model = located.model.model_copy(update={"dtype": dtype_to_hold(room)})
-            located = replace(located, model=model)
+            changed["dtype"] = dtype_to_hold(room)
+        located = replace(located, model=located.model.model_copy(update=changed))
         for wall in dict.fromkeys(wall for each in done for wall in each.open_walls):
             say(f"warning: the kernel did not let the converting process close its {wall}")
         return _add(located, room, wanted, store, gate, say, config_out)
@@ -78,7 +79,7 @@ def _room(name: str) -> Iterator[Path]:
     """An empty folder in the cache for one conversion of a model at a time; what a killed one has left goes first."""
     room = models.cache_folder() / "converting" / name
     room.parent.mkdir(parents=True, exist_ok=True)
-    with room.with_suffix(".lock").open("w") as lock:
+    with room.with_name(f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         shutil.rmtree(room, ignore_errors=True)
         room.mkdir()
@@ -104,11 +105,9 @@ def _add(
         check(judgements, located.origin)
     for each in judgements:
         say(f"{each.use}: {each.level}, by {', '.join(each.licences) or 'nothing'}")
-    revision = _revision(located, folder, wanted)
-    origin: str | None = f"{located.origin}, converted from pickles" if wanted.convert else located.origin
-    if model.is_folder and not wanted.convert:
-        origin = None  # a folder may say itself of which run it is
-    models.mirror(model, folder, store, origin, made_from, revision, say)
+    pinned = _pin(located, folder, wanted)
+    origin = f"{located.origin}, converted from pickles" if wanted.convert else located.origin
+    revision = models.mirror(model, folder, store, origin, made_from, pinned, say)
     kept = models.read_manifest(store, records.BaseModelRef(name=model.name, revision=revision, licence=model.licence))
     if kept.licence != model.licence:
         raise LicenceRefused(
@@ -121,17 +120,19 @@ def _add(
     return Added(model.name, revision, model.licence, text, inspection, judgements)
 
 
-def _revision(located: Located, folder: Path, wanted: Wanted) -> str:
-    """A commit, another store's revision, or the digest of the files, which has to be the one that was asked for."""
-    is_pinned = located.revision is not None and not located.model.is_folder and not wanted.convert
-    if is_pinned:
-        assert located.revision is not None
-        return located.revision
-    paths = models.wanted_files(folder)
-    digest = models.digest_revision(records.describe_file(path, path.name) for path in paths)
-    if located.model.is_folder and wanted.revision not in (None, digest):
-        raise ModelError(f"{located.origin} has the digest {digest}, and --revision asks for {wanted.revision}")
-    return digest
+def _pin(located: Located, folder: Path, wanted: Wanted) -> str | None:
+    """A commit, or another store's revision; None for the digest of the files, which mirroring reckons.
+
+    Raises ModelError for a folder that is not the one that was asked for.
+    """
+    if wanted.convert or not located.model.is_folder:
+        return None if wanted.convert else located.revision
+    if wanted.revision is not None:
+        paths = models.wanted_files(folder)
+        digest = models.digest_revision(records.describe_file(path, path.name) for path in paths)
+        if digest != wanted.revision:
+            raise ModelError(f"{located.origin} has the digest {digest}, and --revision asks for {wanted.revision}")
+    return None
 
 
 def _config(model: ModelConfig, folder: Path, revision: str, store: Store, is_converted: bool) -> str:

@@ -30,21 +30,23 @@ def carried(folder: Path) -> tuple[str, ...]:
 
 
 def needed(folder: Path) -> str | None:
-    """The class that only the model's own code defines; None where transformers has the family."""
+    """The class that only the model's own code defines; None where transformers has the family, and the tokenizer."""
     config = _read(folder / "config.json")
     auto_map = config.get("auto_map")
-    if not isinstance(auto_map, dict) or config.get("model_type") in NATIVE_FAMILIES:
-        return None
-    return str(auto_map.get("AutoModelForCausalLM") or next(iter(auto_map.values()), "auto_map"))
+    if isinstance(auto_map, dict) and config.get("model_type") not in NATIVE_FAMILIES:
+        return str(auto_map.get("AutoModelForCausalLM") or next(iter(auto_map.values()), "auto_map"))
+    tokenizer = _read(folder / "tokenizer_config.json").get("auto_map")
+    if isinstance(tokenizer, dict) and not (folder / "tokenizer.json").is_file():
+        return f"the tokenizer {tokenizer.get('AutoTokenizer')}"
+    return None
 
 
 def refuse(folder: Path) -> None:
     """Raises ModelError for a model that cannot be loaded without running its own code."""
     if found := needed(folder):
-        family = _read(folder / "config.json").get("model_type")
         raise ModelError(
-            f"{folder} can only be loaded by running code that it brings ({found}), which is never done here: its "
-            f"family {family!r} is none that transformers has; `luthier cluster models suggest` names some that are"
+            f"{folder} can only be loaded by running code that it brings ({found}), which is never done here; take a "
+            "model of a family that transformers has: `luthier cluster models suggest` names some"
         )
 
 

@@ -88,6 +88,9 @@ def _of_folder(wanted: Wanted, facts: Facts) -> Located:
     folder = Path(wanted.source).expanduser().resolve()
     if not folder.is_dir():
         raise ModelError(f"{folder} is no folder; give a model's folder")
+    if wanted.convert and wanted.revision:
+        message = "a folder's is the digest of its files, and --convert makes others; leave it out"
+        raise ConfigError([Fault("command line", "--revision", message)])
     model = ModelConfig(
         name=name_for(wanted, folder.name),
         source=str(folder),

@@ -32,6 +32,8 @@ from tests.conftest import TinyModels
 from tests.faults.proxy import Proxy
 from tests.servers import REPOSITORY, aws_env, shared
 
+GATE = Gate.here()
+
 
 @pytest.fixture
 def folder(tiny_models: TinyModels, tmp_path: Path) -> Path:
@@ -51,7 +53,7 @@ def into(store: FolderStore, source: Path | str, said: list[str] | None = None, 
     config_out = options.pop("config_out", None)
     assert config_out is None or isinstance(config_out, Path)
     heard: list[str] = [] if said is None else said
-    return add(Wanted(str(source), **options), store, Gate.here(), heard.append, config_out)  # type: ignore[arg-type]
+    return add(Wanted(str(source), **options), store, GATE, heard.append, config_out)  # type: ignore[arg-type]
 
 
 def luthier(*arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
@@ -89,6 +91,8 @@ def test_what_is_refused_leaves_nothing_in_the_store(folder: Path, store: Folder
         into(store, folder, name="My Model")
     with pytest.raises(ConfigError, match="exists; name another"):
         into(store, folder, config_out=folder / "config.json")
+    with pytest.raises(ConfigError, match="--convert makes others"):
+        into(store, folder, convert=True, revision="0" * 40)
     with pytest.raises(ConfigError, match="is no folder here"):
         into(store, "nowhere")
     (folder / "README.md").unlink()

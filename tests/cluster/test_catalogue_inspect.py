@@ -25,6 +25,7 @@ from serving.config import VllmConfig
 from serving.prompts import Prompts
 from tests.conftest import TinyModels
 
+FACTS = load_facts()
 CARD = "---\nlicense: apache-2.0\nbase_model: Qwen/Qwen3-8B\n---\n# A model\n"
 
 
@@ -39,7 +40,7 @@ def folder(tiny_models: TinyModels, tmp_path: Path) -> Path:
 
 
 def look(folder: Path) -> Inspection:
-    return inspect(folder, load_facts())
+    return inspect(folder, FACTS)
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "mistral", "gemma3"])
@@ -206,6 +207,13 @@ WRONG: dict[str, tuple[Callable[[Path], Any], Level, str, str]] = {
     "pickled under another name": (renamed, Level.REFUSED, "pickles", "only pytorch_model*.bin"),
     "a pickle beside": (write("optimizer.pt", ""), Level.NOTE, "pickles", "left behind"),
     "code of its own": (own_code, Level.REFUSED, "remote code", "running its own code (modeling_mine.Mine"),
+    "a tokenizer of its own": (
+        lambda folder: (
+            edit("tokenizer_config.json", auto_map={"AutoTokenizer": ["t.T", None]})(folder),
+            (folder / "tokenizer.json").rename(folder / "tokenizer.model"),
+        ),
+        Level.REFUSED, "remote code", "the tokenizer ['t.T', None]",
+    ),
     "code that is not needed": (
         edit("config.json", auto_map={"AutoModelForCausalLM": "x.Y"}), Level.NOTE, "remote code", "never run",
     ),
