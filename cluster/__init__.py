@@ -5,10 +5,13 @@ env        every environment variable that Luthier reads
 config     strict YAML: one schema, references between files, key=value, all faults together
 secret     secrets by name: where each is kept, read only where it is needed
 models     which base model: folder, Hub id or store; pinned, mirrored, its shape read without torch
+hub        a model's files from the Hub, and what its refusals mean
+catalogue/  base models: added, inspected, suggested, converted from pickles, drawn as a tree
 store      the object store's protocol; folder.py and s3.py keep it
 patient    a store that sits out what passes, for whoever must go on in the middle of a long run
 keys       every key in the store, each made by one function
 records    what is written under those keys
+made       luthier.json: how the weights in a folder came to be
 registry   adapters: publish, resolve, aliases with history, list
 evaluation  the gate before an alias moves: reports on versions, and whether one suffices
 metrics    every metric's name

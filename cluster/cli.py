@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.catalogue.cli import app as models
 from cluster.doctor.cli import app as doctor
 from cluster.errors import LuthierError
 from cluster.launch.cli import app as launch
@@ -37,6 +38,7 @@ app = typer.Typer(help="Clusters, and what the store holds.", no_args_is_help=Tr
 app.add_typer(launch)
 app.add_typer(doctor)
 app.add_typer(licences)
+app.add_typer(models)
 
 StoreUrl = Annotated[str, typer.Option("--store", help="s3://bucket/prefix or file:///folder")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -158,44 +160,6 @@ def promote(
         print(json.dumps({"alias": entry.model_dump(mode="json"), "report": report.model_dump(mode="json")}))
     else:
         print(f"{record.name}@{alias} is version {record.version}")
-
-
-@app.command()
-def models(store: StoreUrl, as_json: AsJson = False) -> None:
-    """List the base models that the store holds."""
-    from cluster.models import mirrored
-    from cluster.store import open_existing
-
-    rows = [
-        {
-            "name": manifest.name,
-            "revision": manifest.revision,
-            "licence": manifest.licence,
-            "bytes": sum(file.size for file in manifest.files),
-            "source": manifest.source,
-            "created_at": manifest.created_at,
-        }
-        for manifest in mirrored(open_existing(store))
-    ]
-    show(rows, ("name", "revision", "licence", "bytes", "source", "created_at"), as_json)
-
-
-@app.command()
-def mirror(
-    config: Annotated[Path, typer.Argument(help="configs/models/NAME.yaml")],
-    store: StoreUrl,
-) -> None:
-    """Copy a base model into the store, for clusters without a hub. Prints its revision."""
-    from cluster.config import load
-    from cluster.licences.gate import Gate
-    from cluster.models import ModelConfig, from_hub
-    from cluster.models import mirror as mirror_model
-    from cluster.store import open_store
-
-    model = load(config, ModelConfig)
-    opened = open_store(store)
-    folder = from_hub(model) if model.is_hub else Path(model.source).expanduser()
-    print(mirror_model(model, folder, opened, made_from=Gate.here().of_model(model, folder)))
 
 
 @app.command()

@@ -175,12 +175,15 @@ class _Source:
 
 
 def _references(schema: type[BaseModel]) -> dict[str, Reference]:
-    return {
-        name: mark
-        for name, field in schema.model_fields.items()
-        for mark in field.metadata
-        if isinstance(mark, Reference)
-    }
+    """By key: `model`, or `data.rules` for one in a section."""
+    found = {}
+    for name, field in schema.model_fields.items():
+        marks = [mark for mark in field.metadata if isinstance(mark, Reference)]
+        if marks:
+            found[name] = marks[0]
+        elif isinstance(section := field.annotation, type) and issubclass(section, BaseModel):
+            found |= {f"{name}.{key}": mark for key, mark in _references(section).items()}
+    return found
 
 
 def _override_references(
@@ -189,16 +192,21 @@ def _override_references(
     """`model=qwen3-8b` chooses another file, so it must come before files are composed."""
     for override in overrides:
         key, equals, text = override.partition("=")
-        if equals and key in _references(schema) and text.strip() and not text.lstrip().startswith("{"):
-            tree[key] = text.strip()
-            source.set_place((key,), f"command line `{override}`")
+        if equals and key in _references(schema) and _is_name(text.strip()):
+            *sections, last = key.split(".")
+            if (section := _section(tree, sections)) is not None:
+                section[last] = text.strip()
+                source.set_place(tuple(key.split(".")), f"command line `{override}`")
 
 
 def _compose(tree: dict[str, Any], schema: type[BaseModel], path: Path, source: _Source) -> None:
     for key, reference in _references(schema).items():
-        name = tree.get(key)
-        if not isinstance(name, str):
+        *sections, last = key.split(".")
+        section = _section(tree, sections)
+        name = section.get(last) if section is not None else None
+        if section is None or not isinstance(name, str):
             continue
+        at = (*sections, last)
         if name.endswith(".yaml"):
             candidates = [path.parent / name, Path(name)]
         else:
@@ -207,14 +215,28 @@ def _compose(tree: dict[str, Any], schema: type[BaseModel], path: Path, source: 
             ]
         found = next((candidate for candidate in candidates if candidate.is_file()), None)
         if found:
-            tree[key] = source.read(found, (key,))
+            section[last] = source.read(found, at)
         else:
-            place = source.place((key,))
+            place = source.place(at)
             have = sorted({file.stem for candidate in candidates for file in candidate.parent.glob("*.yaml")})
             near = difflib.get_close_matches(name, have, n=1)
             advice = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(have) or 'none'}"
             source.faults.append(Fault(place, key, f"no file {candidates[0]}; {advice}"))
-            source.unread.add((key,))
+            source.unread.add(at)
+
+
+def _is_name(text: str) -> bool:
+    return not text.startswith("{") and text not in ("", "null", "~")
+
+
+def _section(tree: dict[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
+    """A section of the file; None where there is no such mapping (and another fault says so)."""
+    here: Any = tree
+    for name in names:
+        here = here.get(name)
+        if not isinstance(here, dict):
+            return None
+    return here if isinstance(here, dict) else None
 
 
 def _apply(tree: dict[str, Any], override: str, references: Container[str], source: _Source) -> None:

@@ -27,8 +27,12 @@ def models_prefix() -> str:
     return "models/"
 
 
+def datasets_prefix() -> str:
+    return "datasets/"
+
+
 def dataset_prefix(digest: str) -> str:
-    return f"datasets/{digest}/"
+    return f"{datasets_prefix()}{digest}/"
 
 
 def dataset_shard(digest: str, index: int) -> str:
@@ -37,6 +41,42 @@ def dataset_shard(digest: str, index: int) -> str:
 
 def dataset_manifest(digest: str) -> str:
     return f"{dataset_prefix(digest)}dataset.json"
+
+
+def prepared_sets_prefix() -> str:
+    return "prepared/"
+
+
+def prepared_prefix(digest: str) -> str:
+    """A set of rows that was checked and cleaned."""
+    return f"{prepared_sets_prefix()}{digest}/"
+
+
+def prepared_card(digest: str) -> str:
+    return f"{prepared_prefix(digest)}card.json"
+
+
+def prepared_check(digest: str) -> str:
+    """What a check found, where no rows were asked for."""
+    return f"{prepared_prefix(digest)}check.json"
+
+
+def prepared_rows(digest: str, split: str, index: int) -> str:
+    """Rows that stayed; `split` is rows, or evaluation."""
+    return f"{prepared_prefix(digest)}{split}-{index:05d}.jsonl"
+
+
+def prepared_parts_prefix(digest: str) -> str:
+    return f"{prepared_prefix(digest)}parts/"
+
+
+def prepared_part(digest: str, index: int) -> str:
+    """What was found in a part; written after its rows, and says that they are there."""
+    return f"{prepared_parts_prefix(digest)}{index:05d}.arrow"
+
+
+def prepared_part_rows(digest: str, index: int) -> str:
+    return f"{prepared_parts_prefix(digest)}{index:05d}.jsonl.zst"
 
 
 def runs_prefix() -> str:

@@ -13,28 +13,29 @@ import json
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from pydantic import Field, model_validator
 
-from cluster import env, keys, records
+from cluster import env, hub, keys, made, records
+from cluster.catalogue import remote_code
 from cluster.config import Config
 from cluster.errors import ModelError, ObjectExists, ObjectNotFound
-from cluster.records import Artefact, ArtefactKind, BaseModelRef, ModelManifest
+from cluster.records import Artefact, ArtefactKind, BaseModelRef, FileRecord, ModelManifest
 from cluster.store import Store
 
-WANTED_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
-"""What is fetched and mirrored of a model. Pickled weights (`*.bin`, `*.pt`) never are: loading them runs code."""
+WANTED_FILES = (
+    *("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*", "README.md"),
+)
+"""What is fetched and mirrored of a model, with its card, by which its licence is judged.
+
+Code and pickled weights (`*.bin`, `*.pt`) never are: loading runs them.
+"""
 
 
 class Shape(Config):
@@ -118,14 +119,22 @@ def read_shape(folder: Path) -> Shape:
         config: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError:
         raise ModelError(f"{folder} is not a model folder: it has no config.json") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from None
-    config = config.get("text_config", config)
+    config = config.get("text_config", config) if isinstance(config, dict) else {}
     missing = [
         name for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if name not in config
     ]
     if missing:
         raise ModelError(f"{path} does not describe a decoder: no {', '.join(missing)}")
+    try:
+        return _shape(config)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{path} has sizes that are none: {reason}") from None
+
+
+def _shape(config: dict[str, Any]) -> Shape:
     heads = config["num_attention_heads"]
     return Shape(
         vocab_size=config["vocab_size"],
@@ -177,35 +186,76 @@ def mirror(
     store: Store,
     origin: str | None = None,
     made_from: tuple[Artefact, ...] = (),
+    revision: str | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> str:
     """Copy a model folder into the store; what is there already is not sent again. Returns the revision.
 
     Args:
         origin: where the weights come from, for the manifest, when that is not the config's source.
         made_from: what the model was made from, with the licences of that.
+        revision: what it is kept under; None: the config's, or else the digest of its files.
+        say: is told of each file what was done with it.
     """
     read_shape(folder)
-    paths = sorted({path for pattern in WANTED_FILES for path in folder.glob(pattern) if path.is_file()})
-    if not any(path.suffix == ".safetensors" for path in paths):
-        raise ModelError(f"{folder} has no *.safetensors weights; convert them with save_pretrained()")
+    check_loadable(folder)
+    paths = wanted_files(folder)
     files = tuple(records.describe_file(path, path.name) for path in paths)
-    revision = model.revision or records.digest_of(files)[:40]
+    revision = revision or model.revision or digest_revision(files)
     manifest = keys.model_manifest(model.name, revision)
-    if not store.exists(manifest):
-        for path in paths:
-            store.upload(path, keys.model_prefix(model.name, revision) + path.name)
-        record = ModelManifest(
-            name=model.name,
-            revision=revision,
-            source=origin or model.source,
-            licence=model.licence,
-            files=files,
-            created_at=records.now(),
-            artefacts=made_from,
-        )
-        with suppress(ObjectExists):  # another job mirrored the same bytes meanwhile
-            store.create(manifest, record.to_bytes())
+    if store.exists(manifest):
+        return revision
+    prefix = keys.model_prefix(model.name, revision)
+    stored = {item.key: item.size for item in store.list(prefix)}
+    for path, file in zip(paths, files, strict=True):
+        key = prefix + file.file
+        is_there = stored.get(key) == file.size and _sha256(store, key) == file.sha256
+        if not is_there:
+            store.upload(path, key)
+        if say:
+            say(f"{file.file}: {'already there' if is_there else 'uploaded'}, {file.size:,} bytes")
+    # What was exported or published here says how it was made; a stranger's word for that is not taken.
+    how = None if model.is_hub else made.read(folder)
+    record = ModelManifest(
+        name=model.name,
+        revision=revision,
+        source=f"run {how.run_id}" if how else origin or model.source,
+        licence=model.licence,
+        files=files,
+        created_at=records.now(),
+        artefacts=tuple(dict.fromkeys([*made_from, *(how.artefacts if how else ())])),
+        made=how,
+    )
+    with suppress(ObjectExists):  # another job mirrored the same bytes meanwhile
+        store.create(manifest, record.to_bytes())
     return revision
+
+
+def check_loadable(folder: Path) -> None:
+    """Raises ModelError for a model that only its own code, or a pickle, would load: neither ever runs here."""
+    remote_code.refuse(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} has no *.safetensors weights; `luthier cluster models inspect {folder}` says what it has, and "
+            "`models add --convert` makes them of pickled ones"
+        )
+
+
+def digest_revision(files: Iterable[FileRecord]) -> str:
+    """What a folder without a commit is kept under: the digest of its files, but not of the card that is about them."""
+    return records.digest_of(file for file in files if file.file != "README.md")[:40]
+
+
+def wanted_files(folder: Path) -> list[Path]:
+    """What of a model's folder is mirrored."""
+    return sorted({path for pattern in WANTED_FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def _sha256(store: Store, key: str) -> str:
+    """Of a stored object, by reading it back: nothing else proves what a killed upload has left."""
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
+        return store.download(key, Path(temporary) / "object")
 
 
 def mirrored(store: Store) -> list[ModelManifest]:
@@ -231,7 +281,9 @@ def fetch(model: ModelConfig, base: BaseModelRef, store: Store) -> Path:
     The store's mirror is read if there is one, else the Hub. Raises ModelError, StoreError.
     """
     if model.is_hub and not store.exists(keys.model_manifest(base.name, base.revision)):
-        return from_hub(model)
+        folder = hub.fetch(model.source, model.revision or "", WANTED_FILES)
+        check_loadable(folder)
+        return folder
     folder = cache_folder() / "models" / base.name / base.revision
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{base.revision}.lock").open("w") as lock:
@@ -242,6 +294,7 @@ def fetch(model: ModelConfig, base: BaseModelRef, store: Store) -> Path:
             manifest = read_manifest(store, base)
             records.fetch_files(store, keys.model_prefix(base.name, base.revision), manifest.files, partial)
             partial.rename(folder)
+    check_loadable(folder)
     return folder
 
 
@@ -258,21 +311,3 @@ def read_manifest(store: Store, base: BaseModelRef) -> ModelManifest:
         return records.read(store, keys.model_manifest(base.name, base.revision), ModelManifest)
     except ObjectNotFound:
         raise ModelError(f"{store.url} holds no model {base.name} at revision {base.revision}") from None
-
-
-def from_hub(model: ModelConfig) -> Path:
-    """The folder of a Hub model at its pinned revision, from the Hub's cache or the network. Raises ModelError."""
-    where = f"{model.source}@{model.revision}"
-    try:
-        wanted = [*WANTED_FILES, "README.md"]  # the card, by which its licence is judged
-        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=wanted))
-    except GatedRepoError:
-        raise ModelError(f"{where} is gated: accept its licence on the Hub and set HF_TOKEN") from None
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise ModelError(f"{where} does not exist on the Hub, or HF_TOKEN may not read it") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"{where} is neither in the store nor reachable on the Hub ({reason}); on a machine with the Hub run "
-            f"`luthier cluster mirror configs/models/{model.name}.yaml --store URL`"
-        ) from None

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster import records
 from cluster.errors import ConfigError, Fault
 
 MAX_BYTES = 100 << 20
@@ -114,6 +115,16 @@ def digest(root: Path) -> str:
 
     uri: str = get_uri_for_directory(str(root), include_gitignore=True, excludes=_always_left_out())
     return uri
+
+
+def code_digest(root: Path) -> str:
+    """SHA-256 of the program that trains: every Python file of `cluster` and `jobs` below `root`.
+
+    A working directory that was sent to a cluster has no .git to name a commit, and a checkout may have been changed
+    since its last one.
+    """
+    files = [path for package in ("cluster", "jobs") for path in sorted((root / package).rglob("*.py"))]
+    return records.digest_of(records.describe_file(path, path.relative_to(root).as_posix()) for path in files)
 
 
 def _always_left_out() -> list[str]:

@@ -76,6 +76,11 @@ def digest_of(files: Iterable[FileRecord]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def digest_of_value(value: Any) -> str:
+    """SHA-256 of plain data, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def fetch_files(store: Store, prefix: str, files: Iterable[FileRecord], folder: Path) -> None:
     """Download a record's files into `folder` and check each. Raises ObjectNotFound, ObjectDamaged."""
 
@@ -125,35 +130,6 @@ class LicenceRecord(Record):
     notice: str
 
 
-class ModelManifest(Record):
-    """A base model mirrored in the store. `artefacts` is what it was made from, as far as that is known."""
-
-    name: str
-    revision: str
-    source: str
-    licence: str
-    files: tuple[FileRecord, ...]
-    created_at: str
-    artefacts: tuple[Artefact, ...] = ()
-
-    @property
-    def chain(self) -> tuple[Artefact, ...]:
-        """What it was made from; of an older record itself alone."""
-        return self.artefacts or (Artefact(kind="base", name=self.name, licence=self.licence),)
-
-
-class DatasetManifest(Record):
-    """A tokenised dataset. `skipped` counts rows that could not be used, by reason."""
-
-    digest: str
-    files: tuple[FileRecord, ...]
-    samples: int
-    tokens: int
-    supervised_tokens: int
-    skipped: dict[str, int]
-    created_at: str
-
-
 class BaseModelRef(Record):
     """Which base an adapter belongs to: nothing else may serve it."""
 
@@ -167,6 +143,95 @@ class CheckpointRef(Record):
 
     run_id: str
     step: int
+
+
+class SourceFile(Record):
+    """A data file that a run read, under the name that its recipe has for it. `licence` is as declared, or `own`."""
+
+    use: Literal["train", "evaluation"]
+    name: str
+    size: int
+    sha256: str
+    licence: str | None = None
+
+
+class Digests(Record):
+    """What a run, and all that came of it, was made of: hex digests; None where there is no such thing.
+
+    `config` is of the resolved recipe, `code` of the program's files, `base` of the base's files (of one that the store
+    does not hold, its commit), `data` and `evaluation` name tokenised datasets, `sources` is of the data files' names
+    and contents, `prepared` of the set of checked rows, `licences` of how the run was judged, `checks` of
+    what the checks of the rows counted and left out, `parent` of the manifest of the checkpoint that it began from.
+    """
+
+    config: str
+    code: str
+    base: str
+    data: str
+    evaluation: str | None = None
+    sources: str | None = None
+    prepared: str | None = None
+    licences: str | None = None
+    checks: str | None = None
+    parent: str | None = None
+
+
+class AdapterRef(Record):
+    """One version of an adapter, and the digest of its weights."""
+
+    name: str
+    version: int
+    digest: str
+
+
+class Made(Record):
+    """How the weights in a folder came to be; `luthier.json` in what is exported, and in the manifest of such a model.
+
+    `kind` is what they are: an adapter, one merged into its base, or a model that was trained in full.
+    """
+
+    kind: Literal["adapter", "merged", "model"]
+    run_id: str
+    step: int | None = None
+    base: BaseModelRef
+    adapter: AdapterRef | None = None
+    digests: Digests | None = None
+    artefacts: tuple[Artefact, ...] = ()
+
+
+class ModelManifest(Record):
+    """A base model mirrored in the store. `artefacts` is what it was made from, as far as that is known.
+
+    `made` says how, of one that runs here have made.
+    """
+
+    name: str
+    revision: str
+    source: str
+    licence: str
+    files: tuple[FileRecord, ...]
+    created_at: str
+    artefacts: tuple[Artefact, ...] = ()
+    made: Made | None = None
+
+    @property
+    def chain(self) -> tuple[Artefact, ...]:
+        """What it was made from; of an older record itself alone."""
+        return self.artefacts or (Artefact(kind="base", name=self.name, licence=self.licence),)
+
+
+class DatasetManifest(Record):
+    """A tokenised dataset. `skipped` counts rows that could not be used, by reason; `cut` samples lost their end to
+    the length that they may have, as the recipe asked."""
+
+    digest: str
+    files: tuple[FileRecord, ...]
+    samples: int
+    tokens: int
+    supervised_tokens: int
+    cut: int = 0
+    skipped: dict[str, int]
+    created_at: str
 
 
 Suite = Literal["loss", "answers", "regression", "safety"]
@@ -228,13 +293,16 @@ class Requirement(Record):
 class RunRecord(Record):
     """What a run was asked to do; written once, before anything is spent. Enough to go on with it anywhere.
 
-    `dataset` and `evaluation` are digests of tokenised datasets; `parent` is the checkpoint that its weights began as.
+    `dataset` and `evaluation` are digests of tokenised datasets, `prepared` that of the set of checked rows which they
+    were made from; `parent` is the checkpoint that its weights began as; `reproduces` the run that it repeats;
+    `gate` is what its result must show before an alias moves to it. Older records lack what follows `created_at`.
     """
 
     run_id: str
     recipe: dict[str, Any]
     dataset: str
     evaluation: str | None
+    prepared: str | None = None
     code_revision: str
     versions: dict[str, str]
     base: BaseModelRef
@@ -242,6 +310,10 @@ class RunRecord(Record):
     licences: LicenceRecord | None = None
     gate: Requirement | None = None  # what its result must show before an alias moves to it
     created_at: str
+    by: str | None = None
+    sources: tuple[SourceFile, ...] = ()
+    digests: Digests | None = None
+    reproduces: str | None = None
 
 
 RunState = Literal["preparing", "running", "saving", "resuming", "succeeded", "failed", "stopped", "lost"]
@@ -335,7 +407,8 @@ class CheckpointManifest(Record):
 class AdapterRecord(Record):
     """The commit of an adapter version. `artefacts` is what it was made from; older records have only their base.
 
-    `gate` is what it must show before an alias may point at it; without, every alias may.
+    `parent` is the checkpoint that its weights began as; `gate` is what it must show before an alias may point at it:
+    without, every alias may.
     """
 
     name: str
@@ -348,6 +421,8 @@ class AdapterRecord(Record):
     metrics: dict[str, float] = Field(default_factory=dict)
     created_at: str
     artefacts: tuple[Artefact, ...] = ()
+    digests: Digests | None = None
+    parent: CheckpointRef | None = None
     gate: Requirement | None = None
 
     @property

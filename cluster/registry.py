@@ -27,7 +27,7 @@ from cluster.errors import (
     ReleaseRefused,
 )
 from cluster.evaluation import EvaluationReport
-from cluster.records import AdapterRecord, AliasEntry, Artefact, BaseModelRef, Canary, Requirement
+from cluster.records import AdapterRecord, AliasEntry, Artefact, BaseModelRef, Canary, Requirement, RunRecord
 from cluster.store import Store
 
 STABLE = "stable"
@@ -63,6 +63,7 @@ def publish(
     metrics: dict[str, float] | None = None,
     artefacts: tuple[Artefact, ...] = (),
     gate: Requirement | None = None,
+    run: RunRecord | None = None,
 ) -> AdapterRecord:
     """Make the adapter in `folder` the next version of `name`. Its content is checked by the caller.
 
@@ -71,6 +72,7 @@ def publish(
         metrics: figures of the run that are worth reading beside the version.
         artefacts: what it was made from, with the licences of that.
         gate: what it must show before an alias may point at it.
+        run: the run's record, whose digests and parent the version keeps.
     """
     if name == base.name:
         raise ConfigError([Fault(f"adapter name {name!r}", "", "is the base model's own name; choose another")])
@@ -99,6 +101,8 @@ def publish(
         created_at=records.now(),
         artefacts=artefacts,
         gate=gate,
+        digests=run.digests if run else None,
+        parent=run.parent if run else None,
     )
     store.create(keys.adapter_record(name, version), made.to_bytes())
     return made

@@ -8,8 +8,12 @@ cost        tokens, steps, hours, money, bytes on disks and in the store; no tor
 terms       what the result is made from, and whether the licences of that allow what is meant
 brief       a plan as text
 rows        the rows of a data file, each with its place
+data/       data that can be answered for: looked at, cleaned and described before anything is trained on it
 formats     a row of any common format, to a conversation
-chat        a conversation, rendered by the model's own template, to supervised tokens
+template    the model's own chat template: a conversation's text, and where in it the answers stand
+truth       whether what it writes is still the conversation that was given; pure
+chat        a conversation or a text, to supervised tokens
+data        what is in the rows: checked, cleaned and described before anything is trained on them
 dataset     tokenise once on CPU workers, into the store's dataset cache
 packing     sample order, packs and each rank's share; pure
 model       the base model and its attention for packed rows
@@ -25,6 +29,9 @@ trainer     the training loop
 worker      one worker of one attempt: prepare, train, publish
 export      trained weights to a folder that peft or transformers loads
 watchdog    whether a worker's loop still moves, and if not, where it stands
+merge       an adapter merged into its base, compared with the trainer's own logits
+delivery    an adapter version out of the store into a folder, with all that goes along
+card        the model card of what a run has made
 publish     check, probe, and hand to the registry
 progress    step records to the store; the board between driver and workers
 screen      what the driver shows of them
@@ -46,9 +53,15 @@ evaluation  measure a version by what it must show, beside the one in stable, an
 evaluator   the Ray task of that: the base with adapters, losses, greedy answers; torch
 release     evaluate, then move the alias or leave it
 attempts    one start of the workers after another, until the run has an end
+run_record  run.json: the recipe, and digests of all that the run was made of
 driver      resolve, plan, tokenise, train, publish, release
 train       `python -m jobs.train RECIPE key=value …`
 evaluate    `python -m jobs.evaluate NAME@V|RUN store=URL key=value …`
 resume      `python -m jobs.resume RUN store=URL key=value …`
+references  what a reference stands for: a run, a version, a model
+lineage     where an adapter, a model or a run comes from, followed through the store's records
+lineage_tree  the same as a tree for a terminal
+reproduction  a run done again from its record, and its losses beside the original's
+reproduce   `python -m jobs.reproduce NAME@3|RUN store=URL key=value …`
 cli         `luthier jobs …`
 """

@@ -1,89 +1,106 @@
-"""From a conversation to tokens, by the model's own chat template, with the ones to learn marked.
+"""From a row to tokens with the ones to learn marked: a conversation by the model's own template, text as it is.
 
-Learned are, in every assistant turn, the tokens that the model must produce when it serves: from the end of the
-generation prompt up to and including the token that ends the turn. Not learned are headers, and the newline that
-some templates put behind the end-of-turn token, since generation has stopped by then.
-
-Where a turn's tokens stand is found on the rendered text, which is then tokenised once, as a whole, with offsets:
-
-1. A template with {% generation %} markers says it itself.
-2. Otherwise the conversation up to the turn, with the generation prompt, is rendered. It must be how the whole
-   begins; what follows, up to where the rendering that includes the turn ends, is the turn.
-3. Templates that write a last turn differently (Qwen3 puts an empty <think> block only there) or close the whole
-   conversation (Phi-3) are followed as far as the two renderings agree on a turn's end.
-
-What none of these settles is Unusable, with the turn and the reason. Guessed spans would train on the wrong tokens,
-and nobody would see it.
+What is learned of a conversation is found on its text (`template.py`), which is then tokenised once, as a whole, with
+offsets. What cannot be used is Unusable, with the turn and the reason.
 """
 
-import re
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jinja2 import TemplateError, TemplateSyntaxError
-
 from cluster.errors import DataError, ModelError
-from jobs.formats import Conversation, Example, Message, Text
+from jobs import truth
+from jobs.formats import Conversation, Example, Text
 from jobs.rows import Unusable
+from jobs.template import PROBE, AskedOtherwise, Span, Template
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and whoever has a tokenizer has done it
     from transformers import PreTrainedTokenizerBase
 
 Overlong = Literal["error", "drop", "truncate"]
-Span = tuple[int, int]  # characters [start, end) of a text
-Dicts = list[dict[str, object]]  # turns, or tools, as templates take them
-
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_PROBE = Conversation((Message("user", "Which colour?"), Message("assistant", "Blue it is.")))
 
 
 @dataclass(frozen=True)
 class Sample:
     """Token ids, and for each whether it is learned; both of the same length. The first token never is, because
-    nothing stands before it: so samples can lie side by side in a pack without learning from one another."""
+    nothing stands before it: so samples can lie side by side in a pack without learning from one another. `cut` tokens
+    lay behind the limit and are gone."""
 
     input_ids: list[int]
     supervised: list[bool]
+    cut: int = 0
 
 
 class Renderer:
     """Turns examples into samples of at most `max_tokens` tokens.
 
     `overlong` says what becomes of a longer one: Unusable ("error", "drop"), or its head ("truncate"), as long as that
-    still holds something to learn. Raises ModelError when the tokenizer cannot be used for the purpose at all.
+    still holds something to learn. `stops` are the token ids at which generation ends besides the tokenizer's
+    eos_token; None: what the settings say in the folder that the tokenizer is from, as serving has it. Raises
+    ModelError when the tokenizer cannot be used for the purpose at all.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_tokens: int, overlong: Overlong = "error") -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        max_tokens: int,
+        overlong: Overlong = "error",
+        stops: Iterable[int] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._model = tokenizer.name_or_path or "the model"
         self._max_tokens = max_tokens
         self._overlong = overlong
         self._probed = False
+        self._headers: dict[str, list[int]] = {}  # tokens of what comes before answers, by its text
         if not tokenizer.is_fast:
             raise ModelError(f"{self._model}: a tokenizer.json is needed, which says which text each token covers")
         if tokenizer.eos_token_id is None:
             raise ModelError(f"{self._model}: the tokenizer names no eos_token, so no answer would ever end: set one")
+        self._template = Template(tokenizer, _stops_beside(tokenizer) if stops is None else stops)
 
     def render(self, example: Example) -> Sample | Unusable:
         """The example's tokens, or why it has none to learn."""
         try:
-            if isinstance(example, Text):
-                return self._fitted(*self._text(example))
-            if not self._probed:
-                self._probe()
-            return self._fitted(*self._conversation(example))
+            return self.fitted(*self.tokens(example))
         except DataError as error:  # raised below, always for this example alone
             return Unusable(str(error))
 
+    def tokens(self, example: Example) -> tuple[list[int], list[bool]]:
+        """All ids and marks of an example, however long. Raises DataError when it cannot be used."""
+        if isinstance(example, Text):
+            return self._text(example)
+        if not self._probed:
+            self._probe()
+        return self._conversation(example)
+
+    def fitted(self, ids: list[int], supervised: list[bool]) -> Sample | Unusable:
+        """The sample, if it is within the limit and holds something to learn."""
+        length = len(ids)
+        if length > self._max_tokens and self._overlong != "truncate":
+            reason = f"{length:,} tokens, longer than sequence_length {self._max_tokens:,}"
+            if self._overlong == "drop":
+                return Unusable(reason, agreed=True)
+            return Unusable(f"{reason}: raise it, or set data.overlong: truncate")
+        kept = ids[: self._max_tokens]
+        sample = Sample(kept, [False, *supervised[1 : self._max_tokens]], length - len(kept))
+        if any(sample.supervised):
+            return sample
+        if length > self._max_tokens:
+            return Unusable(f"no token to learn within sequence_length {self._max_tokens:,}: raise it")
+        return Unusable("no token to learn")
+
     def _probe(self) -> None:
         """Render the plainest exchange, so that a template's own fault is not laid on the first row."""
+        self._template.check_exists()
         try:
-            self._template(None)
-            self._conversation(_PROBE)
+            self._conversation(PROBE)
+        except AskedOtherwise:
+            pass  # right for rows with reasoning, perhaps; the others are named one by one
         except DataError as error:
             raise ModelError(f"{self._model}: its chat template cannot render a plain exchange: {error}") from error
         self._probed = True
@@ -92,238 +109,93 @@ class Renderer:
         """All of the completion and an end-of-sequence token. The tokenizer adds its own BOS here, where no template
         has written one."""
         whole = text.prompt + text.completion
-        _check_encodable(whole)
+        truth.check_encodable(whole)
         ids, supervised = self._encoded(whole, [(len(text.prompt), len(whole))], add_special_tokens=True)
+        self._check_one_start(ids, "the tokenizer adds it by itself, so take it out of the text")
         if ids[-1] == self._tokenizer.eos_token_id:
             return ids, [*supervised[:-1], True]
         return [*ids, self._tokenizer.eos_token_id], [*supervised, True]
 
     def _conversation(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
-        turns = [_turn(message) for message in conversation.messages]
-        tools = [dict(tool) for tool in conversation.tools] or None
-        self._refuse_control_tokens(turns, tools)
-        whole = self._rendered(turns, tools)
-        _check_encodable(whole)
-        self._check_nothing_is_left_out(conversation, whole)
-        spans = self._marked(conversation, turns, tools, whole)
-        if spans is None:
-            spans = []
-            for index, message in enumerate(conversation.messages):
-                if message.role == "assistant" and message.supervised:
-                    span = self._span(turns, tools, whole, index)
-                    _check_answer(index + 1, message, whole[slice(*span)])
-                    spans.append(span)
-        learned, rest = whole[: spans[-1][1]], whole[spans[-1][1] :]  # nothing is learned from what follows
-        ids, supervised = self._encoded(learned, spans, add_special_tokens=False)
-        if not rest.strip() and not learned.endswith(self._control_tokens):
-            # A template that closes no turn: without this the model would learn to answer, but never to stop.
+        whole, spans, starts = self._template.rendered(conversation)
+        learned = whole[: spans[-1][1]]  # nothing is learned from what follows
+        ids, supervised = self._encoded(learned, spans, add_special_tokens=False, starts=starts)
+        self._check_one_start(ids, "take one out of the chat template")
+        if not self._template.is_closed(learned):  # a template that closes no turn
             return [*ids, self._tokenizer.eos_token_id], [*supervised, True]
         return ids, supervised
 
-    def _marked(
-        self,
-        conversation: Conversation,
-        turns: Dicts,
-        tools: Dicts | None,
-        whole: str,
-    ) -> list[Span] | None:
-        """The spans that the template's own {% generation %} markers give, made to include the end of each turn;
-        None when it has no markers, or when they don't cover every turn (then rendering in steps decides)."""
-        answers = [message for message in conversation.messages if message.role == "assistant"]
-        if not _MARKER.search(self._template(tools)) or not all(message.supervised for message in answers):
-            return None
-        encoded = self._tokenizer.apply_chat_template(
-            turns,
-            tools=tools,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True, "verbose": False},
-        )
-        tokens = zip(encoded["assistant_masks"], encoded["offset_mapping"], strict=True)
-        marked = [[offset for _, offset in run] for learned, run in groupby(tokens, itemgetter(0)) if learned]
-        if len(marked) < len(answers):
-            return None
-        spans = [(offsets[0][0], offsets[-1][1]) for offsets in marked]
-        # Only what closes a turn can follow the last one: that token, left outside by many markers, is learned too.
-        closer = self._control.match(whole, spans[-1][1])
-        for number, (start, end) in enumerate(spans):
-            text = whole[start:end].rstrip()
-            if text.endswith(self._control_tokens):
-                spans[number] = start, start + len(text)
-            elif closer and whole.startswith(closer[0], end):
-                spans[number] = start, end + len(closer[0])
-        return spans
+    def _encoded(
+        self, text: str, spans: list[Span], add_special_tokens: bool, starts: Sequence[int] = ()
+    ) -> tuple[list[int], list[bool]]:
+        """Tokens of the text; learned are those that cover any character of a span.
 
-    def _span(self, turns: Dicts, tools: Dicts | None, whole: str, index: int) -> Span:
-        """Where turn `index` stands in `whole`, without its header: rules 2 and 3 above."""
-        unsettled = DataError(
-            f"turn {index + 1}: the chat template writes turns differently once others follow, so that the tokens of "
-            "this one cannot be told for certain: end the row with this turn, or give it weight 0"
-        )
-        asked = self._rendered(turns[:index], tools, generation_prompt=True)
-        start = len(asked)
-        if not whole.startswith(asked):
-            # Some prompts go on into the answer (<think>): then the header, which the two share, still is a start.
-            start = _shared(asked, whole)
-            if start <= len(self._rendered(turns[:index], tools)):
-                raise unsettled
-        shown = whole if index == len(turns) - 1 else self._rendered(turns[: index + 1], tools)
-        if not shown.startswith(whole[:start]):
-            raise unsettled
-        alone, here = shown[start:], whole[start:]
-        closed = alone.rstrip()
-        if here.startswith(closed) and closed.endswith(self._control_tokens):
-            return start, start + len(closed)
-        shared = here[: _shared(alone, here)]
-        if shared.startswith(closed):
-            return start, start + len(shared)
-        if ends := [found.end() for found in self._control.finditer(shared)]:
-            return start, start + ends[-1]
-        for found in self._control.finditer(here):
-            if closed.endswith(here[: found.end()]):
-                return start, start + found.end()
-        raise unsettled
-
-    def _encoded(self, text: str, spans: list[Span], add_special_tokens: bool) -> tuple[list[int], list[bool]]:
-        """Tokens of the text; learned are those that cover any character of a span."""
+        Args:
+            starts: where answers begin: up to there the tokens are those that the model is asked with.
+        """
         encoded = self._tokenizer(
             text, add_special_tokens=add_special_tokens, return_offsets_mapping=True, verbose=False
         )
-        supervised = []
-        remaining = iter([*spans, (len(text) + 1, len(text) + 1)])
-        start, end = next(remaining)
-        for token_start, token_end in encoded["offset_mapping"]:
-            while token_start >= end:
-                start, end = next(remaining)
-            supervised.append(token_end > start)
-        return list(encoded["input_ids"]), supervised
-
-    def _fitted(self, ids: list[int], supervised: list[bool]) -> Sample | Unusable:
-        """The sample, if it is within the limit and holds something to learn."""
-        length = len(ids)
-        if length > self._max_tokens and self._overlong != "truncate":
-            reason = f"{length:,} tokens, longer than sequence_length {self._max_tokens:,}"
-            if self._overlong == "drop":
-                return Unusable(reason, agreed=True)
-            return Unusable(f"{reason}: raise it, or set data.overlong: truncate")
-        sample = Sample(ids[: self._max_tokens], [False, *supervised[1 : self._max_tokens]])
-        if any(sample.supervised):
-            return sample
-        if length > self._max_tokens:
-            return Unusable(f"no token to learn within sequence_length {self._max_tokens:,}: raise it")
-        return Unusable("no token to learn")
-
-    def _rendered(self, turns: Dicts, tools: Dicts | None, generation_prompt: bool = False) -> str:
-        """The template's text. Templates refuse what they don't support (system turns, two questions in a row) by
-        raising, and stumble over what they don't expect with Python's own errors."""
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    turns, tools=tools, add_generation_prompt=generation_prompt, tokenize=False
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        supervised = [False] * len(ids)
+        for start, end in spans:
+            first, behind = bisect_right(offsets, start, key=itemgetter(1)), _place(offsets, end)
+            supervised[first:behind] = [True] * (behind - first)
+            if start in starts and first < behind and offsets[first][0] < start:
+                raise DataError(
+                    f"the token {text[slice(*offsets[first])]!r} holds the end of what the model is asked with and the "
+                    "beginning of the answer: served, it would be asked with other tokens. Take white space from the "
+                    "answer's beginning, or from the end of the template's generation prompt"
                 )
-            )
-        except TemplateSyntaxError as error:
-            raise ModelError(f"{self._model}: chat template, line {error.lineno}: not valid Jinja: {error}") from error
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise DataError(f"the chat template refuses it: {error}") from error
+        if self._unknown is not None and self._unknown in ids:
+            for number, learned, place in zip(ids, supervised, offsets, strict=True):
+                if learned and number == self._unknown:
+                    raise DataError(f"{text[slice(*place)]!r} is not in the vocabulary: nothing would be learned of it")
+        for begin in reversed(starts):
+            if text[max(0, begin - 2) : begin].isspace():
+                self._ask(text, begin, offsets, ids, supervised)
+        return ids, supervised
 
-    def _template(self, tools: Dicts | None) -> str:
-        try:
-            return str(self._tokenizer.get_chat_template(tools=tools))
-        except ValueError as error:
-            raise ModelError(
-                f"{self._model}: the tokenizer has no chat template, which chat data needs: use the model's instruct "
-                "version, put a chat_template.jinja beside its tokenizer.json, or give rows of prompt and completion"
-            ) from error
+    def _ask(self, text: str, begin: int, offsets: list[Span], ids: list[int], supervised: list[bool]) -> None:
+        """Put the tokens of a header by itself in the place of those that it has with an answer behind it.
+
+        Some tokenizers join all white space at the end of a text (two newlines), which is where a server's prompt ends,
+        and leave the last one apart where words follow.
+        """
+        header = self._template.header(text, begin)
+        if header is None:
+            return
+        if header not in self._headers:
+            self._headers[header] = list(self._tokenizer(header, add_special_tokens=False, verbose=False)["input_ids"])
+        asked = self._headers[header]
+        first, behind = _place(offsets, begin - len(header)), _place(offsets, begin)
+        if ids[first:behind] != asked:
+            supervised[first:behind] = [False] * len(asked)
+            ids[first:behind] = asked
 
     @cached_property
-    def _control_tokens(self) -> tuple[str, ...]:
-        """The tokenizer's special tokens, the longest first."""
-        added = {token.content for token in self._tokenizer.added_tokens_decoder.values() if token.special}
-        return tuple(sorted(added | set(self._tokenizer.all_special_tokens), key=len, reverse=True))
+    def _unknown(self) -> int | None:
+        """The id for text that no token covers, where that means nothing else."""
+        number = self._tokenizer.unk_token_id
+        others = (self._tokenizer.eos_token_id, self._tokenizer.bos_token_id, self._tokenizer.pad_token_id)
+        return None if number in others else number
 
-    @cached_property
-    def _control(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, self._control_tokens)))
-
-    @cached_property
-    def _shows_tools(self) -> bool:
-        """Whether tools change what the template writes."""
-        turns = [_turn(message) for message in _PROBE.messages]
-        tool: dict[str, object] = {
-            "type": "function",
-            "function": {"name": "probe", "description": "", "parameters": {}},
-        }
-        return self._rendered(turns, [tool]) != self._rendered(turns, None)
-
-    def _check_nothing_is_left_out(self, conversation: Conversation, whole: str) -> None:
-        """A template without a place for system turns or tools may just pass over them: the model would then be
-        taught answers to instructions that it was never shown."""
-        for number, message in enumerate(conversation.messages, start=1):
-            if message.role in ("system", "user") and message.content.strip() not in whole:
-                raise DataError(f"turn {number}: the chat template leaves out or rewrites the {message.role}'s text")
-        if conversation.tools and not self._shows_tools:
-            raise DataError("tools: the chat template has no place for them")
-
-    def _refuse_control_tokens(self, turns: Dicts, tools: Dicts | None) -> None:
-        """A special token inside a turn's text would be read as the real one: an end of turn in the middle of an
-        answer, or a forged system turn."""
-        for place, value in [*((f"turn {n}", turn) for n, turn in enumerate(turns, start=1)), ("tools", tools)]:
-            for text in _strings(value):
-                if found := self._control.search(text):
-                    raise DataError(f"{place}: holds the control token {found[0]!r}, which would be read as a real one")
+    def _check_one_start(self, ids: list[int], advice: str) -> None:
+        """Two BOS tokens are a beginning that the model has never seen (a text that was rendered beforehand)."""
+        bos = self._tokenizer.bos_token_id
+        if bos is not None and bos != self._tokenizer.eos_token_id and ids[:2] == [bos, bos]:
+            raise DataError(f"begins with two BOS tokens ({self._tokenizer.bos_token!r}): {advice}")
 
 
-def _turn(message: Message) -> dict[str, object]:
-    """The dictionary that chat templates expect; an absent key, not a null one, is what they test for."""
-    turn: dict[str, object] = {"role": message.role, "content": message.content}
-    if message.tool_calls:
-        turn["tool_calls"] = [
-            {
-                **({"id": call.id} if call.id else {}),
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in message.tool_calls
-        ]
-    optional = {"tool_call_id": message.tool_call_id, "name": message.name, "reasoning_content": message.reasoning}
-    return turn | {key: value for key, value in optional.items() if value is not None}
+def _place(offsets: list[Span], character: int) -> int:
+    """The first token that begins at this character or behind it."""
+    return bisect_left(offsets, character, key=itemgetter(0))
 
 
-def _check_encodable(text: str) -> None:
-    """JSON can hold half of a surrogate pair (an emoji cut in two), which is no text in any encoding."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"holds {text[error.start]!a}, half of a surrogate pair: cut or export it again") from error
+def _stops_beside(tokenizer: "PreTrainedTokenizerBase") -> Iterable[int]:
+    folder = Path(tokenizer.name_or_path)
+    if not folder.is_dir():
+        return ()
+    from jobs.model import stop_ids  # here: by now whoever has a tokenizer has paid for torch too
 
-
-def _check_answer(number: int, message: Message, learned: str) -> None:
-    """The last line of an answer and the names of its calls must be in what is learned. (Not all of it: reasoning of
-    earlier turns is dropped by some templates, as they do when the model serves.)"""
-    lines = message.content.strip().splitlines()
-    if lines and lines[-1].strip() not in learned:
-        raise DataError(f"turn {number}: the chat template leaves out or rewrites the answer")
-    for call in message.tool_calls:
-        if call.name not in learned:
-            raise DataError(f"turn {number}: the chat template has no place for tool calls ('{call.name}' is missing)")
-
-
-def _strings(value: object) -> Iterator[str]:
-    """All texts in a nest of lists and dictionaries."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _strings(list(value.values()))
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-
-
-def _shared(one: str, other: str) -> int:
-    """How many characters two texts have in common at their beginning."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
-    return low
+    return stop_ids(folder)

@@ -1,4 +1,4 @@
-"""`luthier jobs …`: plan, submit, train, resume, stop, list, show, logs, report, diff, export.
+"""`luthier jobs …`: plan, submit, train, evaluate, resume, reproduce, stop, list, show, logs, report, diff, export.
 
 Nothing here imports torch; `train`, `resume` and `evaluate` do when they run. What reads, reads the store alone.
 """
@@ -6,7 +6,6 @@ Nothing here imports torch; `train`, `resume` and `evaluate` do when they run. W
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +13,10 @@ import typer
 
 from cluster.cli import AsJson, StoreUrl
 from cluster.logs import show
+from jobs.data.cli import app as data
 
 app = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(data, name="data")
 
 RecipeFile = Annotated[Path, typer.Argument(help="configs/recipes/NAME.yaml")]
 RunId = Annotated[str, typer.Argument(help="as `luthier jobs list` prints it")]
@@ -210,6 +211,41 @@ def _submit_resume(address: str, run_id: str, store: str, given: list[str]) -> N
 
 
 @app.command()
+def reproduce(
+    reference: Annotated[str, typer.Argument(help="a run, an adapter NAME@3, or a model NAME@REVISION")],
+    store: StoreUrl,
+    overrides: Overrides = None,
+    publish: Annotated[str | None, typer.Option(help="publish the result under this name; no alias moves")] = None,
+    address: Annotated[str | None, typer.Option(help="submit to this dashboard, http://host:8265")] = None,
+    max_hours: MaxHours = None,
+    max_cost: MaxCost = None,
+) -> None:
+    """Do a run once more from its record, as a new run, and compare the losses: exit code 1 if they part by 1e-4.
+
+    With --address as a submitted job, else from here, as `train` does.
+    """
+    from jobs import limits
+
+    given = [*(overrides or []), *([f"publish.name={publish}"] if publish else [])]
+    given += limits.overrides(max_hours, max_cost)
+    if address:
+        from uuid import uuid4
+
+        from cluster.store import open_existing
+        from jobs.references import find_run
+
+        recipe = find_run(open_existing(store), reference).recipe
+        kept = [f"secrets.{name}={value}" for name, value in recipe.get("secrets", {}).items()]
+        command = ["python", "-m", "jobs.reproduce", reference, f"store={store}", *kept, *given]
+        cpus = recipe["cluster"].get("driver_cpus", 0.0)
+        _submit(address, recipe["name"], command, uuid4().hex, cpus, [])  # each time is another run
+        return
+    from jobs import reproduction
+
+    raise typer.Exit(reproduction.ended(reproduction.run(reference, store, given)))
+
+
+@app.command()
 def evaluate(
     reference: Annotated[str, typer.Argument(help="the version: name@7, name@alias; or the run that published it")],
     store: StoreUrl,
@@ -313,13 +349,29 @@ def list_runs(store: StoreUrl, as_json: AsJson = False) -> None:
 
 
 @app.command("show")
-def show_run(run_id: RunId, store: StoreUrl) -> None:
-    """Print one run as JSON: its state, record, events, attempts, checkpoints, last steps and cost."""
+def show_run(
+    run_id: Annotated[str, typer.Argument(help="a run; with --lineage also an adapter NAME@3, a model NAME@REVISION")],
+    store: StoreUrl,
+    lineage: Annotated[bool, typer.Option("--lineage", help="draw what it was made from, to the end")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print one run as JSON: its state, record, events, attempts, checkpoints, last steps and cost.
+
+    With --lineage draw a tree instead (with --json as JSON too): runs, bases, data sets, files, licences, digests.
+    """
     from cluster import keys, ledger
     from cluster.store import open_existing
-    from jobs import runs
+    from jobs import lineage as lineages
+    from jobs import lineage_tree, runs
 
     opened = open_existing(store)
+    if lineage:
+        root = lineages.trace(opened, run_id)
+        if as_json:
+            print(json.dumps(root.to_dict(), indent=2))
+        else:
+            lineage_tree.show(root)
+        return
     found = runs.find(opened, run_id)
     entries = runs.ledger_entries(opened, found.record)
     prefix = keys.checkpoints_prefix(run_id)
@@ -406,34 +458,17 @@ def export(
     folder: Annotated[Path, typer.Argument(help="where to write; must not exist")],
     store: StoreUrl,
     internal: Annotated[bool, typer.Option("--internal", help="it stays here: not judged as given to others")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="base and adapter as one model, for transformers")] = False,
 ) -> None:
-    """Write an adapter to a folder that plain peft loads, with its notice and licence texts, if its licences allow it.
+    """Write an adapter to a folder that plain peft loads, with notice, licence texts, model card and luthier.json.
 
     What is exported may go anywhere, so it is judged as given to others, under the folder's name.
     """
-    from cluster import keys, records, registry
-    from cluster.errors import ConfigError, Fault, InputError
-    from cluster.licences import notice
-    from cluster.licences.gate import Gate
     from cluster.store import open_existing
+    from jobs.delivery import deliver
 
-    if folder.exists():
-        raise ConfigError([Fault(str(folder), "", "exists already; name a new folder")])
-    opened = open_existing(store)
-    record = registry.resolve(opened, reference)
-    gate, artefacts = Gate.here(), record.chain
-    (judged,) = gate.require(artefacts, reference, folder.name, ["train" if internal else "distribute"])
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as temporary:
-            whole = Path(temporary) / "adapter"
-            records.fetch_files(opened, keys.adapter_version_prefix(record.name, record.version), record.files, whole)
-            if not record.artefacts:  # older than the notice that goes with it
-                with (whole / notice.NOTICE).open("a") as file:
-                    file.write(f"\n{gate.notice(artefacts)}")
-            notice.add_texts(whole, judged)
-            whole.rename(folder)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}; name a folder that can be made") from None
+    record, judged = deliver(open_existing(store), reference, folder, internal=internal, merged=merge)
     for duty in judged.duties:
         print(f"licence: {duty}", file=sys.stderr)
-    print(f"{record.name}@{record.version} of {record.base.name} in {folder}")
+    merged = "merged into" if merge else "of"
+    print(f"{record.name}@{record.version} {merged} {record.base.name} in {folder}")

@@ -21,6 +21,7 @@ from cluster.models import ModelConfig
 from cluster.place import ClusterConfig
 from cluster.records import Suite
 from cluster.store import check_url
+from jobs.data.rules import Rules
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -64,6 +65,9 @@ class DataConfig(Config):
     max_unusable: Share = Field(0.0, description="share of rows that may be unusable before the run stops")
     licences: dict[str, DataLicence] = Field(
         {}, description="by a source of train or evaluation, or what it begins with; your own files need none"
+    )
+    rules: Annotated[Rules | None, Reference("policy")] = Field(
+        None, description="the rows are checked and cleaned by these first; null: they are taken as they are"
     )
     packing: bool = Field(True, description="several samples to a sequence; attention never crosses samples")
 

@@ -126,7 +126,7 @@ def estimate_cost(recipe: Recipe, shape: Shape, work: Work, host_bytes: int | No
     base = width * shape.parameters
     passes = work.epochs.low if work.epochs else 1
     tokenised = int(DATASET_BYTES_PER_TOKEN * work.tokens.high / passes) if work.tokens else 0
-    mirrored = base if recipe.model.is_folder else 0  # a Hub model is mirrored by `luthier cluster mirror` alone
+    mirrored = base if recipe.model.is_folder else 0  # a Hub model is mirrored by `luthier cluster models add` alone
     published = width * trained if recipe.publish else 0
     hours, usd, basis = _time_and_money(recipe, shape, work)
     return Cost(

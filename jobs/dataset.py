@@ -2,8 +2,9 @@
 
     datasets/<digest>/{shard-00000.arrow, …, dataset.json}      dataset.json last
 
-The digest covers all that decides the samples: the bytes of the data files, the tokenizer and its template, the length
-and what is done with longer samples, and FORMAT. Runs that ask for the same thing read the same dataset.
+The digest covers all that decides the samples: the bytes of the data files, the tokenizer and its template, where
+generation stops, the length and what is done with longer samples, and FORMAT. Runs that ask for the same thing read the
+same dataset.
 
 A shard is an Arrow file with a row per sample: `input_ids` (list of int32) and `supervised` (list of bool, as long).
 """
@@ -16,8 +17,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from cluster import keys, records
-from cluster.errors import DataError, LuthierError, ObjectExists, StoreError
+from cluster.errors import DataError, LuthierError, ModelError, ObjectExists, StoreError
 from cluster.models import cache_folder
 from cluster.records import DatasetManifest, FileRecord
 from cluster.store import Store
@@ -39,7 +40,7 @@ from jobs.rows import Place, Row, Unusable, locate, read_rows
 
 Ids = npt.NDArray[np.int64]
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same rows would give other samples: old caches are then left alone."""
 
 ROWS_PER_SHARD = 2_000
@@ -52,6 +53,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "generation_config.json",  # at which tokens an answer ends
 )
 
 
@@ -70,6 +72,7 @@ class _ShardResult:
     samples: int
     tokens: int
     supervised_tokens: int
+    cut: int
     faults: list[Fault]
 
 
@@ -134,11 +137,21 @@ def dataset_digest(files: Sequence[tuple[str, Path]], data: DataConfig, model_fo
             for name in TOKENIZER_FILES
             if (model_folder / name).exists()
         ],
+        "stops": _stops(model_folder),
         "sequence_length": data.sequence_length,
         "overlong": data.overlong,
         "max_unusable": data.max_unusable,
     }
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:40]
+
+
+def _stops(folder: Path) -> object:
+    """Where generation stops by config.json, which counts where the folder has no settings for generation."""
+    path = folder / "config.json"
+    if (folder / "generation_config.json").exists() or not path.exists():
+        return None
+    config = json.loads(path.read_text())
+    return config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
 
 
 def _check_tokenizer(model_folder: Path, data: DataConfig) -> None:
@@ -179,7 +192,10 @@ def tokenise_shard(
         faults: list[Fault] = []
         for place, row in rows:
             example = row if isinstance(row, Unusable) else normalise(row)
-            sample = example if isinstance(example, Unusable) else renderer.render(example)
+            try:
+                sample = example if isinstance(example, Unusable) else renderer.render(example)
+            except ModelError as error:  # found at the first row that needs the template
+                raise ModelError(f"{place}: {error}") from error
             if isinstance(sample, Unusable):
                 faults.append(Fault(str(place), sample.reason, sample.agreed))
             else:
@@ -188,13 +204,23 @@ def tokenise_shard(
         if samples:
             path = folder / "shard.arrow"
             with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
-                writer.write_table(pa.Table.from_pylist([asdict(sample) for sample in samples], SCHEMA))
+                writer.write_table(_table(samples))
             key = keys.dataset_shard(digest, index)
             store.upload(path, key)
             file_record = records.describe_file(path, key.removeprefix(keys.dataset_prefix(digest)))
     tokens = sum(len(sample.input_ids) for sample in samples)
     supervised = sum(sum(sample.supervised) for sample in samples)
-    return _ShardResult(file_record, len(samples), tokens, supervised, faults)
+    cut = sum(sample.cut > 0 for sample in samples)
+    return _ShardResult(file_record, len(samples), tokens, supervised, cut, faults)
+
+
+def _table(samples: Sequence[Sample]) -> pa.Table:
+    """By columns: from rows of Python objects this took longer than all the tokenising."""
+    starts = np.cumsum([0, *(len(sample.input_ids) for sample in samples)], dtype=np.int32)
+    ids = np.fromiter(chain.from_iterable(sample.input_ids for sample in samples), np.int32, int(starts[-1]))
+    marks = np.fromiter(chain.from_iterable(sample.supervised for sample in samples), np.bool_, int(starts[-1]))
+    columns = [pa.ListArray.from_arrays(starts, values) for values in (pa.array(ids), pa.array(marks))]
+    return pa.Table.from_arrays(columns, schema=SCHEMA)
 
 
 def _summarise(results: list[_ShardResult], digest: str) -> tuple[DatasetManifest, list[Fault]]:
@@ -205,6 +231,7 @@ def _summarise(results: list[_ShardResult], digest: str) -> tuple[DatasetManifes
         samples=sum(result.samples for result in results),
         tokens=sum(result.tokens for result in results),
         supervised_tokens=sum(result.supervised_tokens for result in results),
+        cut=sum(result.cut for result in results),
         skipped=dict(Counter(fault.reason for fault in faults)),
         created_at=records.now(),
     )
@@ -225,6 +252,11 @@ def _judge(faults: list[Fault], samples: int, data: DataConfig) -> None:
     )
 
 
+def read_shard(path: Path) -> pa.Table:
+    """A shard's rows, read in place."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
 class Dataset:
     """A tokenised dataset on this node, read in place: samples by index, nothing copied into memory.
 
@@ -233,8 +265,7 @@ class Dataset:
     """
 
     def __init__(self, manifest: DatasetManifest, folder: Path) -> None:
-        tables = [pa.ipc.open_file(pa.memory_map(str(folder / file.file))).read_all() for file in manifest.files]
-        table = pa.concat_tables(tables)
+        table = pa.concat_tables([read_shard(folder / file.file) for file in manifest.files])
         self._ids = table["input_ids"]
         self._supervised = table["supervised"]
         self.lengths: Ids = pc.list_value_length(self._ids).to_numpy().astype(np.int64)

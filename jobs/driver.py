@@ -1,6 +1,7 @@
 """A whole run, seen from the driver: each stage leaves a record that the next one reads.
 
-    resolve → plan → locate data → join Ray → pin the model → tokenise → run.json → train and publish → evaluate → alias
+    resolve → plan → locate data → join Ray → pin the model → check data → tokenise → run.json
+    run.json → train and publish → evaluate → alias
     resume: run.json → join Ray → train and publish → evaluate → alias
 
 Everything that can be wrong with what the person gave is found before run.json is written, and before any worker is
@@ -8,37 +9,33 @@ taken. Torch is imported by the checks of model and tokenizer, never before a co
 """
 
 import json
-import secrets
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from cluster import __version__, keys, ledger, models, records, secret
+from cluster import ledger, models, secret
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, InputError, LuthierError, RunFailed
 from cluster.licences.gate import Gate
 from cluster.logs import say
 from cluster.models import Shape, read_shape
 from cluster.patient import PatientStore
-from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord, Requirement, RunRecord
+from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord, RunRecord
 from cluster.session import joined
 from cluster.store import Store, open_store
 from cluster.who import submitter
-from jobs import dataset, limits, runs, terms
+from jobs import dataset, limits, run_record, runs, terms
 from jobs.attempts import Attempts
 from jobs.config import FullConfig, LoraConfig, Method, Recipe
+from jobs.data import prepared
+from jobs.data.request import Files
 from jobs.plan import Plan, make_plan, shape_of
 from jobs.release import release
 from jobs.suites import Suites
-
-VERSIONS = ("ray", "torch", "deepspeed", "transformers", "peft")
 
 
 def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
@@ -59,18 +56,18 @@ def run(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
     suites = Suites.locate(recipe.evaluation, store, Path.cwd()) if recipe.evaluation else None
     with joined(recipe.cluster, recipe.train.fewest, recipe.train.most, recipe.secrets):
         record, shape = begin(recipe, files, parent, store, gate, suites)
-        return _carry_out(record, recipe, shape, store, began)
+        return carry_out(record, recipe, shape, store, began)
 
 
 def begin(
     recipe: Recipe,
-    files: list[list[tuple[str, Path]]],
+    files: Sequence[Files],
     parent: CheckpointRef | None,
     store: Store,
     gate: Gate,
     suites: Suites | None = None,
 ) -> tuple[RunRecord, Shape]:
-    """Pin the model, tokenise, and write run.json: all that comes before a worker is taken.
+    """Pin the model, check the data, tokenise, and write run.json: all that comes before a worker is taken.
 
     Args:
         files: those to train on, and those to evaluate on.
@@ -82,18 +79,21 @@ def begin(
     base = models.pin(recipe.model, store, gate.of_model(recipe.model))
     if begun:
         _check_parent(recipe, base, begun)
-    _judge(recipe, base, begun, store, gate)  # before gigabytes are fetched
+    judge(recipe, base, begun, store, gate)  # before gigabytes are fetched
     folder = models.fetch(recipe.model, base, store)
-    licences = _judge(recipe, base, begun, store, gate, folder)
+    licences = judge(recipe, base, begun, store, gate, folder)
     for duty in licences.duties:
         say(f"licence: {duty}")
     shape = read_shape(folder)
     plan = make_plan(recipe, shape)
     _check_model(folder, recipe)
     say(summary(recipe, plan))
-    prepared = [_prepare(some, recipe, folder, store) for some in files if some]
-    required = suites.require(store, prepared[1] if len(prepared) > 1 else None) if suites else None
-    record = _write_record(store, recipe, base, prepared, parent, licences, required)
+    card, rows = prepared.for_run(recipe, files, folder, store)
+    tokenised = [tokenise(some, recipe, folder, store) for some in rows if some]
+    required = suites.require(store, tokenised[1] if len(tokenised) > 1 else None) if suites else None
+    read = run_record.sources(recipe, files[0], files[1], licences)
+    checked = card.digest if card else None
+    record = run_record.write(store, recipe, base, tokenised, read, parent, licences, checked, required)
     say(f"run {record.run_id} in {store.url}")
     if not recipe.publish:
         say("warning: publish is not set, so the trained weights stay in the run's last checkpoint")
@@ -116,7 +116,7 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         still = "has succeeded: there is nothing to go on with" if found.state == "succeeded" else f"is {found.state}"
         wait = ", or is lost, which shows within a minute" if found.state != "succeeded" else ""
         raise InputError(f"run {run_id} {still}{wait}; `luthier jobs show {run_id} --store {url}` tells more")
-    recipe = _recipe_again(found.record, overrides)
+    recipe = recipe_again(found.record, overrides)
     limits.check(recipe)
     limits.check_left(run_id, recipe.limits, ledger.total(runs.ledger_entries(store, found.record)))
     secret.load(recipe.secrets)
@@ -124,7 +124,7 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         recipe = recipe.at(micro_batch=min(recipe.train.micro_batch, started[-1].micro_batch))
     record = found.record
     if record.licences is None:  # begun before licences were judged
-        record = record.model_copy(update={"licences": _judge(recipe, record.base, None, store, Gate.here())})
+        record = record.model_copy(update={"licences": judge(recipe, record.base, None, store, Gate.here())})
     with joined(recipe.cluster, recipe.train.fewest, recipe.train.most, recipe.secrets):
         folder = models.fetch(recipe.model, record.base, store)
         shape = read_shape(folder)
@@ -132,7 +132,7 @@ def resume(run_id: str, url: str, overrides: Sequence[str]) -> dict[str, Any]:
         runs.clear_stop_requests(store, run_id)
         runs.tell(store, run_id, f"resumed by {submitter()}; it was {found.state}", "resuming")
         say(f"run {run_id} in {store.url}")
-        return _carry_out(record, recipe, shape, store, began)
+        return carry_out(record, recipe, shape, store, began)
 
 
 RESUMABLE = (
@@ -143,16 +143,16 @@ RESUMABLE = (
 """What may change when a run goes on: where and how it computes and for how long, never what."""
 
 
-def _recipe_again(record: RunRecord, overrides: Sequence[str]) -> Recipe:
+def recipe_again(record: RunRecord, overrides: Sequence[str], changeable: Sequence[str] = RESUMABLE) -> Recipe:
     """The recipe that a run began with, with changes that leave its mathematics alone. Raises ConfigError."""
     faults = [
         Fault(
             f"command line `{override}`",
             "",
-            f"a run goes on as it began; only {', '.join(RESUMABLE)}, cluster and secrets may change",
+            f"a run goes on as it began; only {', '.join(changeable)}, cluster and secrets may change",
         )
         for override in overrides
-        if (key := override.partition("=")[0]) not in RESUMABLE and key.partition(".")[0] not in ("cluster", "secrets")
+        if (key := override.partition("=")[0]) not in changeable and key.partition(".")[0] not in ("cluster", "secrets")
     ]
     if faults:
         raise ConfigError(faults)
@@ -162,7 +162,7 @@ def _recipe_again(record: RunRecord, overrides: Sequence[str]) -> Recipe:
         return load(path, Recipe, overrides)
 
 
-def _carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Store, began: float) -> dict[str, Any]:
+def carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Store, began: float) -> dict[str, Any]:
     """Train and publish; whatever the end, the run's log tells it."""
     run_id = record.run_id
     store = PatientStore(plain_store.impatient(), recipe.checkpoint.store_patience_s)
@@ -186,11 +186,6 @@ def _carry_out(record: RunRecord, recipe: Recipe, shape: Shape, plain_store: Sto
         store, run_id, f"{line['state']} after {line['step']} steps; {published}", line["state"], step=line["step"]
     )
     return line
-
-
-def new_run_id(name: str) -> str:
-    """`<recipe>-<UTC time>-<random>`: sorted by time, unique without asking anybody."""
-    return f"{name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
 
 
 def summary(recipe: Recipe, plan: Plan) -> str:
@@ -224,7 +219,7 @@ def _check_parent(recipe: Recipe, base: BaseModelRef, parent: RunRecord) -> None
         raise ConfigError(faults)
 
 
-def _judge(
+def judge(
     recipe: Recipe,
     base: BaseModelRef,
     begun: RunRecord | None,
@@ -248,51 +243,17 @@ def _check_model(folder: Path, recipe: Recipe) -> None:
     check_targets(skeleton(folder), recipe.method)
 
 
-def _prepare(files: list[tuple[str, Path]], recipe: Recipe, folder: Path, store: Store) -> str:
+def tokenise(files: Files, recipe: Recipe, folder: Path, store: Store) -> str:
     manifest, faults = dataset.prepare(files, recipe.data, folder, store)
     for fault in faults[: dataset.EXAMPLES_SHOWN]:
         say(f"warning: left out {fault.place}: {fault.reason}")
+    cut = f", {manifest.cut:,} cut to {recipe.data.sequence_length:,} tokens" if manifest.cut else ""
     left_out = f", {sum(manifest.skipped.values())} row(s) left out" if manifest.skipped else ""
     say(
         f"data: {', '.join(name for name, _ in files)}: {manifest.samples:,} samples, {manifest.tokens:,} tokens, "
-        f"{manifest.supervised_tokens:,} supervised{left_out} (dataset {manifest.digest[:12]})"
+        f"{manifest.supervised_tokens:,} supervised{cut}{left_out} (dataset {manifest.digest[:12]})"
     )
     return manifest.digest
-
-
-def _write_record(
-    store: Store,
-    recipe: Recipe,
-    base: BaseModelRef,
-    prepared: list[str],
-    parent: CheckpointRef | None,
-    licences: LicenceRecord,
-    required: Requirement | None,
-) -> RunRecord:
-    record = RunRecord(
-        run_id=new_run_id(recipe.name),
-        recipe=recipe.model_dump(mode="json", by_alias=True),
-        dataset=prepared[0],
-        evaluation=prepared[1] if len(prepared) > 1 else None,
-        code_revision=_code_revision(),
-        versions={"luthier": __version__} | {name: version(name) for name in VERSIONS},
-        base=base,
-        parent=parent,
-        licences=licences,
-        gate=required,
-        created_at=records.now(),
-    )
-    store.create(keys.run_record(record.run_id), record.to_bytes())
-    return record
-
-
-def _code_revision() -> str:
-    """The git commit of the code, where it runs from a checkout; a shipped working directory has none."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return "unknown"
-    found = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def _conclude(

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cluster import made
+from cluster.licences.card import CARD
 from cluster.licences.notice import NOTICE, add_licences
 from cluster.models import WANTED_FILES
 from cluster.records import BaseModelRef, LicenceRecord
@@ -75,8 +77,8 @@ def write_model(model: PreTrainedModel, weights: dict[str, Tensor], base_folder:
     model.save_pretrained(folder, state_dict=weights)
     for pattern in WANTED_FILES:
         for path in base_folder.glob(pattern):
-            is_weights = path.name.endswith((".safetensors", ".index.json"))
-            if not is_weights and not path.name.startswith(NOTICE) and not (folder / path.name).exists():
+            is_its_own = path.name.endswith((".safetensors", ".index.json")) or path.name in (CARD, made.FILE)
+            if not is_its_own and not path.name.startswith(NOTICE) and not (folder / path.name).exists():
                 shutil.copy(path, folder / path.name)
 
 

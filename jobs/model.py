@@ -20,10 +20,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from cluster.catalogue.remote_code import NO_CODE
 from cluster.errors import ModelError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -97,7 +99,7 @@ def load_model(folder: Path, dtype: str, loading: AbstractContextManager[object]
     try:
         with loading or nullcontext():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES[dtype], attn_implementation=ATTENTION, use_safetensors=True
+                folder, dtype=DTYPES[dtype], attn_implementation=ATTENTION, use_safetensors=True, **NO_CODE
             )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
@@ -112,7 +114,7 @@ def skeleton(folder: Path) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **NO_CODE))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} is not a causal language model that can be loaded: {error}") from error
     return model
@@ -121,7 +123,20 @@ def skeleton(folder: Path) -> PreTrainedModel:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a model folder. Raises ModelError when it has none."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} has no tokenizer that can be loaded: {error}") from error
     return tokenizer
+
+
+def stop_ids(folder: Path) -> frozenset[int]:
+    """Ids at which generation with this model stops, besides its tokenizer's eos_token: what the engines go by."""
+    try:
+        eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    except OSError:  # without the file, transformers takes what the model's config says
+        try:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, KeyError):  # a tokenizer by itself
+            return frozenset()
+        eos = GenerationConfig.from_model_config(config).eos_token_id
+    return frozenset({eos} if isinstance(eos, int) else eos or ())

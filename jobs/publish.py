@@ -15,12 +15,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cluster import models, registry
+from cluster import keys, made, models, records, registry
 from cluster.errors import AdapterRefused
 from cluster.models import ModelConfig
-from cluster.records import BaseModelRef, LicenceRecord, Requirement
+from cluster.records import BaseModelRef, LicenceRecord, Requirement, RunRecord
 from cluster.store import Store
-from jobs import export
+from jobs import card, export
 from jobs.zero import ZeroEngine
 
 PROBE = "probe.safetensors"
@@ -69,7 +69,12 @@ def publish_adapter(
                 export.write_adapter(peft_model, weights, base, model.source if model.is_hub else base.name, folder)
                 export.add_notice(licences, base_folder, folder)
                 save_file({"input_ids": probe_ids, "logits": adapted}, folder / PROBE)
-                record = registry.publish(store, name, folder, base, run_id, step, metrics, licences.artefacts, gate)
+                run = records.read(store, keys.run_record(run_id), RunRecord)
+                how = made.of_run(run, "adapter", step, licences)
+                card.write(store, folder, name, how, run, metrics.get("evaluation_loss"), licences.notice)
+                record = registry.publish(
+                    store, name, folder, base, run_id, step, metrics, licences.artefacts, gate, run
+                )
             published = [{"name": record.name, "version": record.version, "digest": record.digest}]
         except AdapterRefused as error:
             published = [error]
@@ -130,6 +135,8 @@ def publish_model(
     base_folder: Path,
     model: ModelConfig,
     run_id: str,
+    step: int,
+    metrics: dict[str, float],
     licences: LicenceRecord,
 ) -> dict[str, Any] | None:
     """Publish a full fine-tune as a revision of model `name`. A collective. Returns {"name", "revision"} on rank 0."""
@@ -144,6 +151,9 @@ def publish_model(
                 folder = Path(temporary)
                 export.write_model(engine.module, weights, base_folder, folder)
                 export.add_notice(licences, base_folder, folder)
+                run = records.read(store, keys.run_record(run_id), RunRecord)
+                made.write(folder, how := made.of_run(run, "model", step, licences))
+                card.write(store, folder, name, how, run, metrics.get("evaluation_loss"), licences.notice)
                 described = ModelConfig(
                     name=name, source=str(folder), revision=None, licence=model.licence, dtype=model.dtype, shape=None
                 )

@@ -10,7 +10,7 @@ from xml.etree.ElementTree import Element
 import yaml
 
 from cluster import ledger
-from cluster.records import now
+from cluster.records import RunRecord, now
 from jobs.chart import MARKS, Chart, Curve, draw
 from jobs.history import History, evaluations, lost, marks, totals
 from jobs.markup import tag, write
@@ -144,12 +144,21 @@ def _lineage(history: History) -> Element:
         ("weights from", parent),
         ("training data", f"dataset {record.dataset}"),
         ("evaluation data", f"dataset {record.evaluation}" if record.evaluation else "none"),
+        *((f"file to {each.use} on", f"{each.name}, SHA-256 {each.sha256}") for each in record.sources),
         ("code", record.code_revision),
+        *(("digests", f"{name} {value}") for name, value in _digests(record)),
+        *((("reproduces", record.reproduces),) if record.reproduces else ()),
         ("versions", ", ".join(f"{name} {version}" for name, version in record.versions.items())),
         ("checkpoints that are kept", kept),
         *(("published", f"{each.name}@{each.version}, SHA-256 {each.digest}") for each in history.published),
     ]
     return _table("Lineage", ("what", "which"), rows)
+
+
+def _digests(record: RunRecord) -> list[tuple[str, str]]:
+    shown = {"config", "code", "base", "licences", "checks"}
+    found = record.digests.model_dump(include=shown) if record.digests else {}
+    return [(name, value) for name, value in found.items() if value]
 
 
 def _recipe(history: History) -> Element:

@@ -2,8 +2,10 @@
 
 locate      recipe's address of a file  ->  a local path
 read_rows   a local path                ->  (place, row), or (place, why it cannot be used)
+read_raw    the same, with lines of JSON left as bytes, for whoever parses them elsewhere: parse_line
 """
 
+import codecs
 import hashlib
 import json
 import re
@@ -74,6 +76,35 @@ def read_rows(path: Path, name: str) -> Iterator[tuple[Place, Row | Unusable]]:
         yield place, row if isinstance(row, dict | Unusable) else Unusable(f"a row is an object, not {kind_of(row)}")
     if empty:
         raise DataError(f"{name}: no rows in the file")
+
+
+def read_raw(path: Path, name: str) -> Iterator[tuple[Place, Row | Unusable | bytes]]:
+    """As `read_rows`, but of a file with an object a line the lines themselves, which `parse_line` reads.
+
+    Raises DataError as `read_rows` does, except that a file whose every line is faulty is not refused as a whole.
+    """
+    if _reader(path, name) is not _read_lines:
+        yield from read_rows(path, name)
+        return
+    empty = True
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip() and line != codecs.BOM_UTF8:
+                empty = False
+                yield Place(name, number), line
+    if empty:
+        raise DataError(f"{name}: no rows in the file")
+
+
+def parse_line(line: bytes) -> Row | Unusable:
+    """The row in a line of JSON, or why there is none."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return Unusable(f"byte {error.start + 1} of the line is not UTF-8")
+    except (ValueError, RecursionError) as error:
+        return Unusable(_fault(error))
+    return row if isinstance(row, dict) else Unusable(f"a row is an object, not {kind_of(row)}")
 
 
 # The start and the end of an array of rows, bare or as {"data": [...]}.

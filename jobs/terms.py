@@ -12,9 +12,10 @@ from pathlib import Path
 
 from cluster.licences.card import origin
 from cluster.licences.chain import Judgement
+from cluster.licences.facts import OWN
 from cluster.licences.gate import Gate, is_own
 from cluster.records import Artefact, RunRecord
-from jobs.config import Recipe
+from jobs.config import DataConfig, DataLicence, Recipe
 
 _HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)")
 
@@ -39,6 +40,18 @@ def _data(recipe: Recipe, gate: Gate) -> Iterator[Artefact]:
             yield Artefact(kind="data", name=name, licence=said.licence)
         for teacher in said.teachers if said else ():
             yield from origin(teacher, "teacher", gate.facts, name)
+
+
+def licence_of(data: DataConfig, source: str, gate: Gate) -> DataLicence:
+    """What a source is under and which models wrote some of it, as it is judged: `own` for files of one's own that
+    nothing is said of, what the table knows for a set on the Hub."""
+    said = data.licence_of(source) or DataLicence.model_validate({})
+    hub = _HUB.match(source)
+    if hub is None or is_own(said.licence):
+        return said if said.licence else said.model_copy(update={"licence": OWN})
+    found = origin(hub[1], "data", gate.facts, None, said.licence)
+    teachers = dict.fromkeys([*said.teachers, *(artefact.name for artefact in found[1:])])
+    return said.model_copy(update={"licence": found[0].licence, "teachers": tuple(teachers)})
 
 
 def judge(recipe: Recipe, gate: Gate) -> tuple[Judgement, ...]:

@@ -98,7 +98,15 @@ def _work(job: Job) -> None:
             raise RunFailed(f"run {job.run_id} was never judged by its licences, so nothing is published")
         if isinstance(recipe.method, FullConfig):
             published = publish.publish_model(
-                engine, job.store, recipe.publish.name, folder, recipe.model, job.run_id, job.licences
+                engine,
+                job.store,
+                recipe.publish.name,
+                folder,
+                recipe.model,
+                job.run_id,
+                trainer.step,
+                metrics,
+                job.licences,
             )
         else:
             ids = torch.from_numpy(dataset.sample(0)[0][:PROBE_TOKENS].astype(np.int64))[None]

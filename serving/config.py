@@ -10,6 +10,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     Tag,
+    field_validator,
     model_validator,
 )
 
@@ -98,6 +99,13 @@ class VllmConfig(_EngineLimits):
                 "arguments: --quantization bitsandbytes"
             )
         return given
+
+    @field_validator("arguments")
+    @classmethod
+    def _runs_no_code(cls, arguments: str) -> str:
+        if "trust" in arguments.lower():  # --trust-remote-code and its spellings, in a JSON argument too
+            raise ValueError("no code that a model brings is ever run; leave out --trust-remote-code")
+        return arguments
 
     @property
     def max_sequence_tokens(self) -> int | None:

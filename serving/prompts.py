@@ -9,6 +9,7 @@ from pathlib import Path
 import jinja2
 from transformers import AutoTokenizer
 
+from cluster.catalogue.remote_code import NO_CODE
 from cluster.errors import InvalidRequest
 from serving.calls import Prompt
 
@@ -17,7 +18,7 @@ class Prompts:
     """The tokenizer of one model folder. Not for several threads at once."""
 
     def __init__(self, folder: Path, max_context: int) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **NO_CODE)
         # No text of more characters fits the context, whatever its tokens. Tokenising 20 MB to find out takes minutes,
         # in which everybody else's prompts would wait.
         self._max_characters = max_context * max(map(len, self._tokenizer.get_vocab()))

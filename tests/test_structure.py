@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.catalogue.table import Table
 from cluster.config import Config, load
 from cluster.gpus import GpuTable
 from cluster.licences.facts import Facts
@@ -14,6 +15,8 @@ from cluster.licences.organisation import Organisation
 from cluster.models import ModelConfig
 from cluster.place import ClusterConfig
 from jobs.config import Recipe
+from jobs.data.markers import Words
+from jobs.data.rules import Rules
 from jobs.plan import make_plan, shape_of
 from serving.config import ServingConfig
 
@@ -28,6 +31,7 @@ DOORS = {
     "llguidance": {"serving/engine/grammar.py"},
 }
 SCHEMAS: dict[str, type[Config]] = {
+    "catalogue": Table,
     "models": ModelConfig,
     "clusters": ClusterConfig,
     "hardware": GpuTable,
@@ -35,6 +39,8 @@ SCHEMAS: dict[str, type[Config]] = {
     "serving": ServingConfig,
     "licences": Facts,
     "organisation": Organisation,
+    "data": Rules,
+    "markers": Words,
 }
 
 

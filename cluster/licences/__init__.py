@@ -7,6 +7,7 @@ chain         all that a model was made from: the strictest, and what cannot be 
 card          what a card of the Hub says
 gate          facts and policy read once: what every command passes
 notice        the NOTICE that goes with what is made, and licence files
+model_card    the model card that goes with it, in the Hub's format
 audit         all that a store holds, as rows
 bom           and as a CycloneDX ML-BOM
 cli           `luthier licences …`

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+from cluster import made
 from cluster.config import Config
 from cluster.errors import LicenceRefused
 from cluster.licences import notice
@@ -43,8 +44,13 @@ class Gate(Config):
         found = [Artefact(kind="base", name=name, licence=model.licence)]
         for each in model.made_from:
             found += origin(each.name, each.kind, self.facts, name, each.licence)
+        where = folder or (Path(model.source).expanduser() if model.is_folder else None)
+        if how := made.read(where) if where and not model.is_hub else None:
+            found += how.artefacts  # more than its card can say: licences of what is on no Hub
         if card := _card_of(model, folder):
             itself, *rest = read_card(card, name, self.facts)
+            stated = {(each.kind, each.name) for each in found if each.licence is not None}
+            rest = [each for each in rest if each.licence is not None or (each.kind, each.name) not in stated]
             if itself.licence is not None or rest:
                 found += [itself, *rest]
         return tuple(dict.fromkeys(found))

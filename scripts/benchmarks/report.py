@@ -7,6 +7,7 @@ beside it stand the smallest and largest ratio of any round, which say how far t
 """
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -26,7 +27,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 @dataclass(frozen=True)
 class Measure:
-    """One comparison. `ours` and `peer` hold a figure per round, paired; more is better unless `unit` says otherwise.
+    """One comparison. `ours` and `peer` hold a figure per round, paired; more is better unless `unit` says otherwise. A
+    measure without a peer has none.
 
     `notes` are further figures for the JSON object alone.
     """
@@ -34,26 +36,25 @@ class Measure:
     name: str
     unit: str
     ours: Sequence[float]
-    peer: Sequence[float]
+    peer: Sequence[float] = ()
     notes: dict[str, float] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float:
-        return median(self.ours) / median(self.peer)
+        return median(self.ours) / median(self.peer) if self.peer else math.nan
 
     @property
     def ratios(self) -> list[float]:
         """The ratio of each round."""
-        return [ours / peer for ours, peer in zip(self.ours, self.peer, strict=True)]
+        return [ours / peer for ours, peer in zip(self.ours, self.peer, strict=True)] if self.peer else []
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "ours": _rounded(median(self.ours)),
-            "peer": _rounded(median(self.peer)),
-            "ratio": _rounded(self.ratio),
+            "peer": _rounded(median(self.peer)) if self.peer else None,
+            "ratio": _rounded(self.ratio) if self.peer else None,
             "unit": self.unit,
-            "ratio_min": _rounded(min(self.ratios)),
-            "ratio_max": _rounded(max(self.ratios)),
+            **({"ratio_min": _rounded(min(self.ratios)), "ratio_max": _rounded(max(self.ratios))} if self.peer else {}),
             "rounds": len(self.ours),
             **{name: float(f"{value:.4g}") for name, value in self.notes.items()},
         }
@@ -80,12 +81,12 @@ def show(title: str, measures: Sequence[Measure], as_json: bool, **more: str) ->
     if units:
         table.add_column("unit")
     for measure in measures:
-        figures = (median(measure.ours), median(measure.peer))
-        ratios = (measure.ratio, min(measure.ratios), max(measure.ratios))
+        figures = [median(side) if side else None for side in (measure.ours, measure.peer)]
+        ratios = [measure.ratio, min(measure.ratios), max(measure.ratios)] if measure.peer else [None] * 3
         table.add_row(
             measure.name,
-            *(f"{figure:,.1f}" if figure >= 10 else f"{figure:.3g}" for figure in figures),
-            *(f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}" for ratio in ratios),
+            *("" if figure is None else f"{figure:,.1f}" if figure >= 10 else f"{figure:.3g}" for figure in figures),
+            *("" if ratio is None else f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.2g}" for ratio in ratios),
             str(len(measure.ours)),
             *([measure.unit] if units else []),
         )

@@ -48,13 +48,20 @@ _FAMILIES: dict[str, tuple[Any, Any]] = {
 FULL = Shape(hidden_size=384, layers=8, heads=6)
 """19.3 million parameters, 6.3 of them in the embedding, which is also the output layer."""
 
+MARKED_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+"""CHATML for rows without tools, with marks that say what the assistant's tokens are."""
+
 QUICK = Shape(hidden_size=64, layers=2, heads=4)
 """For a test that the benchmark works; its figures mean nothing."""
 
 
 def write_model(folder: Path, shape: Shape) -> int:
     """Write a Hugging Face folder with fp32 weights and a tokenizer. Returns the number of parameters."""
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     make_config, make_model = _FAMILIES[shape.family]
     config = make_config(
         vocab_size=shape.vocabulary,
@@ -110,7 +117,7 @@ def _lexicon() -> list[str]:
     return list(words)
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE, in which nearly every word is one token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

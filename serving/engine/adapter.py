@@ -96,9 +96,9 @@ class Adapter:
     digest: str
     pairs: Mapping[str, LoraPair]
 
-    @property
+    @cached_property
     def rank(self) -> int:
-        """The highest of its modules."""
+        """The highest of its modules. Kept, because each step asks it of every adapter in its batch."""
         return max(len(pair.a) for pair in self.pairs.values())
 
     @property

@@ -4,9 +4,9 @@ Each nn.Linear of the decoder becomes a MixedLoraLinear. All of them read one Lo
 adapters and, for the step that runs, which rows belong to whom. Two ways to compute, chosen by the length of a run
 (adjacent rows of one adapter):
 
-- *by segment*, from SEGMENT_ROWS rows on (prefill): two products for the run alone.
-- *in place*, below that (decode, where each adapter has a row or two), on a CPU in float32: a kernel of ours
-  (kernels.c) reads each adapter's matrices where they are, whatever their ranks.
+- *by segment*, from SEGMENT_ROWS rows on (prefill), or KERNEL_ROWS: two products for the run alone.
+- *in place*, below that (decode, where each adapter has a row or two, and short prompts), on a CPU in float32: a kernel
+  of ours (kernels.c) reads each adapter's matrices where they are, whatever their ranks.
 - *by shelf*, elsewhere: a shelf holds adapters of about one rank, their matrices one behind another, filled up to a
   power of two; the rows are gathered by adapter, and all adapters of the shelf go in two batched products,
   [S, M, in] × [S, in, r] × [S, r, out]. An adapter is copied to its shelf when it first has such rows, and stays there
@@ -38,6 +38,8 @@ from serving.engine.adapter import Adapter, LoraPair
 from serving.engine.quantized import QuantizedLinear
 
 SEGMENT_ROWS = 16
+KERNEL_ROWS = 128
+"""The same where kernels.c computes the shorter runs: at 64 rows it is as fast as two products and their calls."""
 
 _log = logging.getLogger(__name__)
 
@@ -193,13 +195,15 @@ class LoraTable:
         self.segments, self.shelves, self.groups = [], [], None
         short: dict[str, list[int]] = {}
         row = 0
+        in_place = kernels.are_usable(device, dtype)
+        long = KERNEL_ROWS if in_place else SEGMENT_ROWS
         for run in _merged(runs):
-            if run.adapter is not None and run.num_rows >= SEGMENT_ROWS:
+            if run.adapter is not None and run.num_rows >= long:
                 self.segments.append((run.adapter, slice(row, row + run.num_rows)))
             elif run.adapter is not None:
                 short.setdefault(run.adapter, []).extend(range(row, row + run.num_rows))
             row += run.num_rows
-        if short and kernels.are_usable(device, dtype):
+        if short and in_place:
             self.groups = self._group(short)
         elif short:
             self._shelve(short, device)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cluster.catalogue.remote_code import NO_CODE
 from cluster.errors import ModelError
 from serving.engine import attention, quantized
 from serving.engine.adapter import Target
@@ -59,7 +60,7 @@ class PackedModel:
         attention.register()
         try:
             self._model = _load(folder, _DTYPES[dtype], quantization, device)
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, **NO_CODE)
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
         layers, prefix = _layers(self._model)
@@ -163,7 +164,7 @@ class PackedModel:
 
 
 def _load(folder: Path, dtype: torch.dtype, quantization: Quantization | None, device: str) -> Any:
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **NO_CODE)
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         raise ModelError(
@@ -176,7 +177,13 @@ def _load(folder: Path, dtype: torch.dtype, quantization: Quantization | None, d
             skeleton = AutoModelForCausalLM.from_config(config)
         more = quantized.loading(skeleton, _layers(skeleton)[1], quantization, device)
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True, **more
+        folder,
+        dtype=dtype,
+        attn_implementation=attention.NAME,
+        local_files_only=True,
+        use_safetensors=True,
+        **NO_CODE,
+        **more,
     )
 
 

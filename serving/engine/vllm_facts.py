@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from cluster.catalogue.remote_code import NO_CODE
 from cluster.errors import InvalidRequest, ModelError, RequestError
 from serving.engine.protocol import GenerationRequest, TokenLogprob
 from serving.engine.vllm_api import Candidate
@@ -71,8 +72,8 @@ class ModelFacts:
 def read_facts(folder: Path, max_context: int | None = None) -> ModelFacts:
     """What a model's folder says; `max_context` None is the model's own. Raises ModelError."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, **NO_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **NO_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder} cannot be read as a causal language model: {error}") from error
     try:

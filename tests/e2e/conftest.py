@@ -41,7 +41,8 @@ def laptop(ray_cluster: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> LocalC
 class Pair:
     """The last lines of two jobs: the same recipe on one worker with ZeRO-0, and on two nodes with ZeRO-3.
 
-    The first goes on for longer: 48 steps with a checkpoint every 8, where the second has 8.
+    The first goes on for longer: 48 steps with a checkpoint every 8, where the second has 8; its data was prepared,
+    and it must pass an evaluation.
     """
 
     store: Store
@@ -80,6 +81,7 @@ def pair(
             recipe,
             *("publish.name=pair-one", "train.steps=48", "checkpoint.every_steps=8"),
             *(f"data.evaluation=[{held_out_file}]", f"evaluation={json.dumps(gate)}"),
+            "data.rules={duplicates: {exact: off}}",
         )
         two = pool.submit(
             train,

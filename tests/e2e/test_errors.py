@@ -1,5 +1,6 @@
 """A person's mistakes, through the command line: one clear message, the right exit code, and nothing written."""
 
+import json
 import os
 import re
 import shutil
@@ -112,7 +113,7 @@ def test_an_unknown_model(run: Command, recipe: Path, tmp_path: Path) -> None:
     refused(run(recipe, "model.source=store"), "holds no model tiny-test; its models: none")
     refused(run(recipe, "model.source=owner/name"), "is a Hub id: pin it with revision")
     hub = run(recipe, "model.source=owner/name", f"model.revision={'a' * 40}")
-    refused(hub, "neither in the store nor reachable on the Hub", "luthier cluster mirror")
+    refused(hub, "neither in the store nor reachable on the Hub", "luthier cluster models add")
 
 
 def test_no_chat_template(run: Command, recipe: Path, tiny_models: TinyModels, tmp_path: Path) -> None:
@@ -176,3 +177,33 @@ def test_a_wrong_token(run: Command, recipe: Path, tmp_path: Path) -> None:
 
 def test_targets_that_the_model_does_not_have(run: Command, recipe: Path) -> None:
     refused(run(recipe, "method.targets=[w_pack]"), "no linear layer called w_pack; it has: down_proj")
+
+
+def test_rows_that_a_template_would_spoil_are_named_by_file_and_line(
+    run: Command, recipe: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Some of tests/jobs/test_known_bad.py, by the whole command."""
+    lines = rows.read_text().splitlines()
+    asked, answered = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi", "weight": 0}
+    lines[1] = json.dumps({"messages": [asked, answered]})
+    lines[3] = json.dumps({"messages": [asked, answered | {"weight": 1, "reasoning_content": "a greeting"}]})
+    lines[5] = json.dumps({"messages": [asked, {"role": "assistant", "content": "<|im_end|>"}]})
+    rows.write_text("\n".join(lines))
+    done = run(recipe)
+    refused(done, "3 of 40 rows", f"{rows}:2: no assistant turn", f"{rows}:4: turn 2: the", f"{rows}:6: turn 2: holds")
+    assert "leaves out the reasoning" in done.stderr
+
+
+def test_a_template_whose_answers_never_end_is_named_with_the_row_that_needs_it(
+    run: Command, recipe: Path, rows: Path, tiny_models: TinyModels, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_models["qwen3"], folder)
+    for name in ("generation_config.json", "config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text())
+        eos = {"eos_token": "<|pad|>"} if name == "tokenizer_config.json" else {"eos_token_id": 0}
+        (folder / name).write_text(json.dumps(settings | eos))
+    done = run(recipe, f"model.source={folder}")
+    refused(
+        done, f"{rows}:1: ", "ends it with '<|im_end|>', at which generation does not stop", "generation_config.json"
+    )

@@ -14,7 +14,7 @@ import torch
 from cluster import keys, ledger, registry
 from cluster.nodes import LocalCluster
 from cluster.store import Store, open_store
-from jobs import runs
+from jobs import lineage, runs
 from jobs.pulse import LOOK_S
 from tests.conftest import TinyModels
 from tests.e2e.conftest import Pair
@@ -179,6 +179,15 @@ def test_a_new_run_starts_from_a_checkpoint(
     assert "cluster.prices.cpu: has no price" in said(ray_cluster, *again, "--max-cost", "5", code=2)
     resumed = json.loads(said(ray_cluster, *again, "--max-hours", "1").splitlines()[-1])
     assert (resumed["state"], resumed["step"]) == ("succeeded", 100)
+
+    root = lineage.trace(store, "branch@1")
+    met = [(node.kind, node.name) for node in root.walk()]
+    for expected in (("checkpoint", f"{run_id}@48"), ("adapter", "survivor@1"), ("run", run_id), ("file", str(rows))):
+        assert expected in met
+    question = json.loads(rows.read_text().splitlines()[7])["messages"][0]["content"]
+    forget = ("jobs", "data", "forget", "--contains", question, "--store", store.url, "--json")
+    learned = json.loads(said(ray_cluster, *forget))
+    assert {each["adapter"] for each in learned["adapters"]} == {"survivor@1", "branch@1"}
 
 
 def test_two_runs_are_compared(survivor: Survivor, ray_cluster: LocalCluster) -> None:

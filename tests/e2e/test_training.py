@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,7 +19,8 @@ from cluster.models import ModelConfig, fetch
 from cluster.nodes import LocalCluster
 from cluster.records import BaseModelRef, CheckpointManifest, RunRecord
 from cluster.store import Store, open_store
-from jobs import runs
+from jobs import lineage, runs
+from jobs.data.card import Card
 from jobs.progress import StepRecord
 from jobs.runs import checkpoint_steps, read_events, read_steps
 from tests.conftest import TinyModels
@@ -46,6 +48,9 @@ def test_the_records_say_what_happened(pair: Pair) -> None:
     assert (one["adapter"], two["adapter"]) == ("pair-one@1", "pair-two@1")
     run = records.read(store, keys.run_record(one["run_id"]), RunRecord)
     assert run.recipe["train"]["workers"] == 1
+    assert run.prepared
+    card = records.read(store, keys.prepared_card(run.prepared), Card)
+    assert (card.before.rows, card.after.rows, card.model) == (300, 300, "tiny-test")
     steps = list(read_steps(store, two["run_id"]))
     assert [step["step"] for step in steps] == list(range(8))
     assert set(steps[0]) == set(StepRecord.__dataclass_fields__)
@@ -105,6 +110,10 @@ def test_a_full_fine_tune_is_a_standard_folder(
     with torch.no_grad():
         assert (model(ids).logits - before(ids).logits).abs().max() > 0.1
     assert {path.name for path in folder.iterdir()} >= {"NOTICE", "config.json", "model.safetensors", "tokenizer.json"}
+    assert ModelCard.load(folder / "README.md").data.base_model_relation == "finetune"
+    root = lineage.trace(open_store(url), result["adapter"])
+    assert [node.name for node in root.walk() if node.kind == "run"] == [result["run_id"]]
+    assert "tiny-test" in [node.name for node in root.walk() if node.kind == "base"]
 
 
 def test_a_killed_worker_costs_a_checkpoint_interval_and_nothing_else(

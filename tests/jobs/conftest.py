@@ -107,10 +107,17 @@ TEMPLATES = {
     "bare": (
         "{% for message in messages if message.role != 'system' %}"
         "{{ 'Q' if message.role == 'user' else 'A' }}: {{ message.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}A: {% endif %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
     ),
 }
 
+_ENDS = {  # of a turn, where it is not ChatML's
+    "llama3": "<|eot_id|>",
+    "mistral": "</s>",
+    "gemma": "<end_of_turn>",
+    "phi3": "<|end|>",
+    "bare": "<|endoftext|>",
+}
 _CONTROL = [
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("<s>", "</s>", "[INST]", "[/INST]", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>", "<|end|>"),
@@ -128,7 +135,8 @@ def templates() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def trained() -> dict[str, Tokenizer]:
-    """The two kinds in use: bytes (Llama 3, Qwen) and pieces with a mark for the space before (Mistral, Gemma)."""
+    """The two kinds in use: bytes (Llama 3, Qwen) and pieces with a mark for the space before (Mistral, Gemma); and an
+    old one, that knows the letters it was made from."""
     byte = Tokenizer(models.BPE())
     byte.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     byte.decoder = decoders.ByteLevel()
@@ -144,7 +152,13 @@ def trained() -> dict[str, Tokenizer]:
     piece.train_from_iterator(
         _CORPUS, trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", *_CONTROL, *bytes_], show_progress=False)
     )
-    return {"byte": byte, "piece": piece}
+    letters = Tokenizer(models.BPE(unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Metaspace()
+    letters.decoder = decoders.Metaspace()
+    letters.train_from_iterator(
+        [*_CORPUS, "\n"], trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", *_CONTROL], show_progress=False)
+    )
+    return {"byte": byte, "piece": piece, "letters": letters}
 
 
 @pytest.fixture(scope="session")
@@ -152,11 +166,12 @@ def tokenizer_of(trained: dict[str, Tokenizer]) -> TokenizerOf:
     """`tokenizer_of(template name, kind)`: a tokenizer with that family's template and special tokens."""
 
     def make(template: str | None = "chatml", kind: str = "byte") -> PreTrainedTokenizerFast:
-        eos = {"llama3": "<|eot_id|>", "mistral": "</s>", "gemma": "</s>"}.get(template or "", "<|endoftext|>")
+        eos = _ENDS.get(template or "", "<|im_end|>" if template else "<|endoftext|>")
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(trained[kind].to_str()),
             bos_token="<s>",
             eos_token=eos,
+            unk_token="<unk>" if kind == "letters" else None,
             additional_special_tokens=_CONTROL,
             name_or_path=f"tiny-{template}",
         )

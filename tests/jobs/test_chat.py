@@ -1,6 +1,7 @@
 """Which tokens are learned: for every family of templates, and for every trap that others have stepped into."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import groupby
 
 import pytest
@@ -23,6 +24,7 @@ TWO_TURNS = Conversation(
         Message("assistant", "Still blue,\nnobody asks."),
     )
 )
+ONE_TURN = Conversation(TWO_TURNS.messages[:2])
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 CALL = ToolCall("weather", {"city": "Oslo"}, "call00000")
 WITH_TOOLS = Conversation(
@@ -57,15 +59,12 @@ def reason(outcome: Sample | Unusable) -> str:
     [
         ("chatml", ["Blue it is.<|im_end|>", "Still blue,\nnobody asks.<|im_end|>"]),
         ("qwen3", ["Blue it is.<|im_end|>", "<think>\n\n</think>\n\nStill blue,\nnobody asks.<|im_end|>"]),
-        ("thinks", ["Blue it is.<|im_end|>", "Still blue,\nnobody asks.<|im_end|>"]),
         ("marked", ["Blue it is.<|im_end|>", "Still blue,\nnobody asks.<|im_end|>"]),
         ("marked_without_end", ["Blue it is.<|im_end|>", "Still blue,\nnobody asks.<|im_end|>"]),
         ("llama3", ["Blue it is.<|eot_id|>", "Still blue,\nnobody asks.<|eot_id|>"]),
         ("mistral", [" Blue it is.</s>", " Still blue,\nnobody asks.</s>"]),
         ("gemma", ["Blue it is.<end_of_turn>", "Still blue,\nnobody asks.<end_of_turn>"]),
-        ("phi3", ["Blue it is.<|end|>", "Still blue,\nnobody asks.<|end|>\n<|endoftext|>"]),
-        # The space is the prompt's, but one token holds both it and the answer's first word.
-        ("bare", [" Blue it is.\n", "Still blue,\nnobody asks.\n<|endoftext|>"]),
+        ("phi3", ["Blue it is.<|end|>", "Still blue,\nnobody asks.<|end|>"]),
     ],
 )
 def test_every_answer_is_learned_up_to_and_with_its_end(
@@ -77,7 +76,21 @@ def test_every_answer_is_learned_up_to_and_with_its_end(
 
 def test_every_template_of_the_fixtures_is_tested(templates: dict[str, str]) -> None:
     marks = test_every_answer_is_learned_up_to_and_with_its_end.pytestmark
-    assert {case[0] for case in marks[0].args[1]} == set(templates)
+    assert {case[0] for case in marks[0].args[1]} | {"thinks", "bare"} == set(templates)
+
+
+def test_a_template_that_closes_no_turn(tokenizer_of: TokenizerOf) -> None:
+    renderer = Renderer(tokenizer_of("bare"), 512)
+    assert learned(tokenizer_of("bare"), renderer.render(ONE_TURN)) == [" Blue it is.<|endoftext|>"]
+    assert reason(renderer.render(TWO_TURNS)).startswith("turn 2: the chat template does not end it with a token at")
+
+
+def test_a_template_that_is_asked_with_another_prompt_than_it_writes(tokenizer_of: TokenizerOf) -> None:
+    tokenizer = tokenizer_of("thinks")
+    outcome = Renderer(tokenizer, 512).render(ONE_TURN)
+    assert r"the chat template opens the answer with '<think>\n', and here it is written 'Blue it is.<" in reason(
+        outcome
+    )
 
 
 @pytest.mark.parametrize("template", ["mistral", "gemma"])
@@ -173,19 +186,15 @@ def test_weight_0_is_read_and_not_learned(tokenizer_of: TokenizerOf, template: s
     assert sample.supervised[-1]  # nothing is computed for what nobody learns from
 
 
-def test_reasoning_is_learned_in_the_last_turn_and_dropped_from_history_as_when_serving(
-    tokenizer_of: TokenizerOf,
-) -> None:
+def test_reasoning_is_learned_in_the_last_turn_and_never_lost_from_an_earlier_one(tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of("qwen3")
     first, answer, second, last = TWO_TURNS.messages
-    turns = (
-        first,
-        Message("assistant", "<think>\nskies\n</think>\n\n" + answer.content),
-        second,
-        Message("assistant", last.content, reasoning="again"),
-    )
-    assert learned(tokenizer, Renderer(tokenizer, 512).render(Conversation(turns))) == [
-        "Blue it is.<|im_end|>",
+    thought = Message("assistant", "<think>\nskies\n</think>\n\n" + answer.content)
+    final = Message("assistant", last.content, reasoning="again")
+    outcome = Renderer(tokenizer, 512).render(Conversation((first, thought, second, final)))
+    assert reason(outcome).startswith("turn 2: the chat template leaves out the reasoning")
+    read = replace(thought, supervised=False)  # what is only read may be without it, as when serving
+    assert learned(tokenizer, Renderer(tokenizer, 512).render(Conversation((first, read, second, final)))) == [
         "<think>\nagain\n</think>\n\nStill blue,\nnobody asks.<|im_end|>",
     ]
 
@@ -198,7 +207,7 @@ def test_a_template_whose_turns_cannot_be_told_apart_is_a_reason_and_not_a_guess
         "{% set ns.last = messages.index(message) %}{% endfor %}{% for message in messages %}"
         "{% if loop.index0 == ns.last %}[TOOLS]{% endif %}"
         "{{ message.role }}: {{ message.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     assert reason(Renderer(tokenizer, 512).render(TWO_TURNS)).startswith(
         "turn 2: the chat template writes turns differently"
@@ -212,13 +221,13 @@ def test_a_template_whose_turns_cannot_be_told_apart_is_a_reason_and_not_a_guess
         "{% for message in messages %}{{ message.role }}: {{ message.content }}"
         "{% if message.role == 'assistant' and not loop.last %} (old){% endif %}<|im_end|>\n{% endfor %}",
         # The text before a turn changes with the turn itself.
-        "{% if messages | length == 3 %}Three.{% endif %}"
+        "{% if messages | length == 5 %}Five.{% endif %}"
         "{% for message in messages %}{{ message.role }}: {{ message.content }}<|im_end|>\n{% endfor %}",
     ],
 )
 def test_a_turn_that_reads_otherwise_later_is_not_guessed_at(tokenizer_of: TokenizerOf, template: str) -> None:
     tokenizer = tokenizer_of()
-    tokenizer.chat_template = template + "{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer.chat_template = template + "{% if add_generation_prompt %}assistant:{% endif %}"
     conversation = Conversation((Message("system", "Be short."), *TWO_TURNS.messages))
     assert reason(Renderer(tokenizer, 512).render(conversation)).startswith("turn 3: the chat template writes turns")
 
@@ -283,7 +292,7 @@ def test_plain_text_is_learned_whole_with_an_end(tokenizer_of: TokenizerOf) -> N
     tokenizer = tokenizer_of()
     sample = Renderer(tokenizer, 512).render(Text("", "The sky is blue."))
     assert isinstance(sample, Sample)
-    assert tokenizer.decode(sample.input_ids) == "The sky is blue.<|endoftext|>"
+    assert tokenizer.decode(sample.input_ids) == "The sky is blue.<|im_end|>"
     assert sample.supervised == [False] + [True] * (len(sample.input_ids) - 1)
 
 
@@ -291,7 +300,7 @@ def test_a_completion_is_learned_and_its_prompt_is_not(tokenizer_of: TokenizerOf
     for kind in ("byte", "piece"):
         tokenizer = tokenizer_of(kind=kind)
         runs = learned(tokenizer, Renderer(tokenizer, 512).render(Text("The sky is", " blue now.")))
-        assert [run.strip() for run in runs] == ["blue now.<|endoftext|>"]
+        assert [run.strip() for run in runs] == ["blue now.<|im_end|>"]
 
 
 def test_too_long_is_said_and_never_cut_unasked(tokenizer_of: TokenizerOf) -> None:
@@ -307,7 +316,7 @@ def test_too_long_is_said_and_never_cut_unasked(tokenizer_of: TokenizerOf) -> No
         f"{length} tokens, {limit}", agreed=True
     )
     cut = Renderer(tokenizer, length - 1, "truncate").render(TWO_TURNS)
-    assert cut == Sample(whole.input_ids[:-1], whole.supervised[:-1])
+    assert cut == Sample(whole.input_ids[:-1], whole.supervised[:-1], cut=1)
 
 
 def test_a_cut_that_leaves_nothing_to_learn_is_refused(tokenizer_of: TokenizerOf) -> None:

@@ -3,52 +3,29 @@
 What a run leaves for serving is built here by the same calls; a whole run through the gate is in tests/e2e.
 """
 
-import importlib
 import json
-from contextlib import chdir
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from cluster import keys, records, registry
 from cluster.config import load
-from cluster.errors import ConfigError, LicenceRefused, LuthierError, PlanError, exit_code
+from cluster.errors import ConfigError, LicenceRefused, PlanError
 from cluster.folder import FolderStore
 from cluster.licences import notice
 from cluster.licences.gate import Gate
 from cluster.records import Artefact, BaseModelRef, CheckpointRef, ModelManifest, RunRecord
 from jobs import driver, terms
 from jobs.config import Recipe
+from tests.jobs.commands import luthier
 
 ROOT = Path(__file__).parents[2]
 SUPPORT = ROOT / "configs" / "recipes" / "support.yaml"
 LLAMA = "model=llama-3.1-8b-instruct"
 NC = Artefact(kind="data", name="lab/nc", licence="cc-by-nc-4.0")
 BASE = BaseModelRef(name="base", revision="r1", licence="apache-2.0")
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command said."""
-
-    stdout: str
-    stderr: str
-
-
-def luthier(*arguments: str, cwd: Path = ROOT, code: int = 0) -> Done:
-    """A command in this process, which takes a tenth of the time; its errors as `cluster.cli.run` tells them."""
-    group, *rest = ["cluster", *arguments] if arguments[0] == "licences" else arguments
-    with chdir(cwd):
-        result = CliRunner().invoke(importlib.import_module(f"{group}.cli").app, rest)
-    if result.exception and not isinstance(result.exception, SystemExit | LuthierError):
-        raise result.exception
-    error = result.exception if isinstance(result.exception, LuthierError) else None
-    assert (exit_code(error) if error else result.exit_code) == code, f"{result.output}{error}"
-    return Done(result.stdout, f"{result.stderr}{error or ''}")
 
 
 @pytest.fixture

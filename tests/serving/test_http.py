@@ -620,6 +620,23 @@ def test_load_adds_a_replica_that_brings_the_adapters_along_and_its_going_cuts_n
     assert all(asked == ended for asked, ended in counted)
 
 
+def test_with_no_replica_it_is_ready_wakes_none_by_saying_so_and_a_request_wakes_one(served: Served) -> None:
+    model = ModelConfig(name=BASE, source=str(served.model.folder), licence="apache-2.0", dtype="fp32")
+    port = httpx.URL(served.url).port
+    assert port is not None
+    asleep = ReplicaConfig(min=0, max=1, downscale_delay_s=0.5, cpus=0.5)
+    config = serving_config(model, served.store.url, port).model_copy(update={"replicas": asleep})
+    deploy.deploy(config, DEADLINE_S * 2, lambda line: None)
+    poll(lambda: not served.replicas(), "no replica is left")
+    root = served.url.removesuffix("/v1")
+    for _ in range(20):
+        assert httpx.get(f"{root}/readyz").json() == {"ready": True, "model": BASE}
+    assert not served.replicas()
+    completion = served.client().completions.create(model="skill-5", prompt="a", max_tokens=1)
+    assert completion.model == "skill-5"
+    assert len(served.replicas()) == 1
+
+
 def test_an_update_cuts_no_stream_and_then_two_replicas_share_the_adapters(served: Served) -> None:
     """Last, because the endpoint has two replicas afterwards."""
     model = ModelConfig(name=BASE, source=str(served.model.folder), licence="apache-2.0", dtype="fp32")
