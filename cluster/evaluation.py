@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from cluster import keys, records
-from cluster.errors import ObjectExists
+from cluster.errors import ObjectDamaged, ObjectExists
 from cluster.records import AdapterRecord, BaseModelRef, Record, Requirement, Suite
 from cluster.store import Store
 
@@ -120,7 +120,10 @@ def newest(store: Store, record: AdapterRecord) -> EvaluationReport | None:
 
 def state(store: Store, record: AdapterRecord) -> str:
     """In a word or two, what the newest report that counts says; empty where none is there and none is required."""
-    report = newest(store, record)
+    try:
+        report = newest(store, record)
+    except ObjectDamaged:
+        return "damaged"
     if report is None:
         return "required" if record.gate else ""
     return f"{'passed' if report.passed else 'failed'} ({report.number})"
@@ -134,7 +137,11 @@ def refusals(store: Store, record: AdapterRecord, stable: int | None) -> tuple[s
     """
     if record.gate is None:
         return ()
-    return judge(newest(store, record), record.version, record.gate, stable)
+    try:
+        report = newest(store, record)
+    except ObjectDamaged as error:  # must not keep anybody from going back
+        return (f"a report cannot be read: {error}",)
+    return judge(report, record.version, record.gate, stable)
 
 
 def judge(

@@ -308,7 +308,7 @@ class RunRecord(Record):
     base: BaseModelRef
     parent: CheckpointRef | None = None
     licences: LicenceRecord | None = None
-    gate: Requirement | None = None
+    gate: Requirement | None = None  # what its result must show before an alias moves to it
     created_at: str
     by: str | None = None
     sources: tuple[SourceFile, ...] = ()

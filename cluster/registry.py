@@ -273,9 +273,11 @@ def _refusal(store: Store, wanted: AdapterRecord, alias: str, reasons: tuple[str
 
 def _has_held(store: Store, entries: list[str], alias: str, version: int) -> bool:
     """Whether an alias was at a version in any of these entries of its log; the newest are looked at first."""
-    return any(
-        alias_targets(records.read(store, entry, AliasEntry)).get(alias) == version for entry in reversed(entries)
-    )
+    for entry in reversed(entries):
+        with suppress(ObjectDamaged):  # one that cannot be read tells nothing, and must not hide the others
+            if alias_targets(records.read(store, entry, AliasEntry)).get(alias) == version:
+                return True
+    return False
 
 
 def _append(

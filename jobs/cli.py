@@ -1,6 +1,6 @@
 """`luthier jobs …`: plan, submit, train, evaluate, resume, reproduce, stop, list, show, logs, report, diff, export.
 
-Nothing here imports torch; `train` and `resume` do when they run. What reads, reads the store alone.
+Nothing here imports torch; `train`, `resume` and `evaluate` do when they run. What reads, reads the store alone.
 """
 
 import json

@@ -120,6 +120,20 @@ def test_a_release_can_be_taken_back_whatever_its_reports_say(store: FolderStore
     assert stable(store) == 1
 
 
+def test_a_damaged_report_stops_a_release_and_no_way_back(store: FolderStore) -> None:
+    for number in (1, 2, 3):
+        report(store, publish(store), against=number - 1 or None)
+        if number < 3:
+            registry.set_alias(store, "support", "stable", number, why="passed")
+    for number in (1, 3):
+        store.put(keys.evaluation("support", number, 1), b"{")
+    with pytest.raises(ReleaseRefused, match=r"a report cannot be read: .*is not a EvaluationReport"):
+        registry.set_alias(store, "support", "stable", 3, why="better")
+    assert "damaged" in luthier("adapters", "support", "--store", store.url)
+    registry.set_alias(store, "support", "stable", 1, why="2 is bad")
+    assert stable(store) == 1
+
+
 def test_the_log_keeps_what_was_overridden(store: FolderStore) -> None:
     report(store, publish(store), passed=False)
     with pytest.raises(ConfigError, match="say --why"):
@@ -164,7 +178,7 @@ MOVES = st.lists(
 )
 
 
-@settings(max_examples=80)
+@settings(max_examples=60)
 @given(st.tuples(*[RARELY] * 4), MOVES)
 def test_no_history_has_an_alias_at_a_version_that_was_not_passed_overridden_or_there_before(
     require_nothing: tuple[bool, ...], moves: list[tuple[object, ...]]

@@ -46,7 +46,6 @@ class Pair:
     """
 
     store: Store
-    gate: dict[str, Any]
     one: dict[str, Any]
     two: dict[str, Any]
 
@@ -90,4 +89,4 @@ def pair(
             recipe,
             *("publish.name=pair-two", "train.workers=2", "train.zero=3", "train.micro_batch=2"),
         )
-        return Pair(store, gate, one.result().result, two.result().result)
+        return Pair(store, one.result().result, two.result().result)
