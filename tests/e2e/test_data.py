@@ -92,7 +92,8 @@ def test_a_killed_preparation_goes_on_where_it_was_and_ends_as_a_calm_one(
     train, held = planted(tmp_path)
     rules = tmp_path / "rules.yaml"
     rules.write_text(RULES)
-    request, paths = make_request([(str(train), train)], [(str(held), held)], load(rules, Rules))
+    licences = prepared.licences_of([str(train), str(held)])
+    request, paths = make_request([(str(train), train)], [(str(held), held)], load(rules, Rules), None, licences)
     store = open_store(f"file://{tmp_path}/killed")
     killed = start(
         ray_cluster,
