@@ -192,14 +192,20 @@ class Renderer:
         backend.no_truncation()
         backend.no_padding()
         encoded = backend.encode(text, add_special_tokens=add_special_tokens)
-        supervised = []
-        remaining = iter([*spans, (len(text) + 1, len(text) + 1)])
-        start, end = next(remaining)
-        for token_start, token_end in encoded.offsets:
-            while token_start >= end:
-                start, end = next(remaining)
-            supervised.append(token_end > start)
-        return encoded.ids, supervised
+        ids: list[int] = encoded.ids
+        supervised = [False] * len(ids)
+        for start, end in spans:  # asking for the ends of a span takes a tenth of what all tokens' offsets take
+            covered = (encoded.char_to_token(place) for place in range(start, end))
+            first = next((token for token in covered if token is not None), None)
+            if first is None:
+                continue
+            covered = (encoded.char_to_token(place) for place in range(end - 1, start - 1, -1))
+            last = next(token for token in covered if token is not None)
+            # A character of several bytes may be several tokens, of which that names the first.
+            while (following := encoded.token_to_chars(last + 1)) is not None and following[0] < end:
+                last += 1
+            supervised[first : last + 1] = [True] * (last + 1 - first)
+        return ids, supervised
 
     def _fitted(self, ids: list[int], supervised: list[bool]) -> Sample | Unusable:
         """The sample, if it is within the limit and holds something to learn."""
