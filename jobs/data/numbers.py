@@ -32,7 +32,7 @@ _OTHER_NUMBER = re.compile(
 )
 _PHONE_WORD = re.compile(
     r"(?:\b(?:phone|telephone|tel|mobile|cell|call|dial|fax|whatsapp|sms|text|reach|hotline|contact|telefon|tel\.|handy|ring)"
-    r"|电话|手机|致电|拨打|联系|热线|座机|传真|短信|微信)[^\n]{0,20}\Z",
+    r"|电话|手机|致电|拨打|联系|热线|座机|传真|短信|微信)[^\n。！？]{0,20}\Z",
     re.IGNORECASE,
 )
 
@@ -67,6 +67,7 @@ _ADDRESS = re.compile(
 )
 
 _PHONE = re.compile(r"(?<![0-9A-Za-z_.\-/=#])[+(]?\d(?:[ ().\-/]{0,3}\d){6,16}(?![0-9A-Za-z_]|[.\-/]\d|%)")
+_PART = re.compile(r"[^ ]{7,}")
 _NANP = re.compile(r"(?:\+?1[ .-]?)?(?:\(\d{3}\) ?|\d{3}[ .-])\d{3}[ .-]\d{4}\Z")
 _CN_MOBILE = re.compile(r"1[3-9]\d{9}\Z")
 
@@ -149,11 +150,16 @@ def find_phones(text: str, regions: tuple[str, ...] = REGIONS) -> Iterator[Span]
     """
     for found in _PHONE.finditer(text):
         start = found.start()
-        announced = _before(_PHONE_WORD, text, start)
-        if not announced and _before(_OTHER_NUMBER, text, start):
+        if found[0][0] != "+" and _before(_OTHER_NUMBER, text, start):  # the nearest word tells
             continue
-        for first, last in _phones_in(found[0], regions, announced):
+        announced = _before(_PHONE_WORD, text, start)
+        spans = _phones_in(found[0], regions, announced)
+        for first, last in spans:
             yield start + first, start + last
+        if not spans and " " in found[0]:  # perhaps one number after another, of which not all are telephones
+            for part in _PART.finditer(found[0]):
+                for first, last in _phones_in(part[0], regions, announced):
+                    yield start + part.start() + first, start + part.start() + last
 
 
 @lru_cache(maxsize=8_192)

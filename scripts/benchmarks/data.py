@@ -28,9 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +58,6 @@ REQUIREMENTS = REPOSITORY / "scripts" / "benchmarks" / "requirements-data.txt"
 PEERS = REPOSITORY / "scripts" / "benchmarks" / "peers"
 TIMEOUT_S = 1_800
 
-Span = tuple[int, int, str]
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -72,32 +68,6 @@ class Sizes:
 
 FULL = Sizes(chats=6_000, duplicates=4_000, personal=2_000)
 QUICK = Sizes(chats=300, duplicates=400, personal=300)
-
-
-@dataclass
-class Score:
-    """Planted and found values of one set, by kind."""
-
-    planted: Counter[str] = field(default_factory=Counter)
-    right: Counter[str] = field(default_factory=Counter)
-    wrong: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: "Score") -> None:
-        self.planted += other.planted
-        self.right += other.right
-        self.wrong += other.wrong
-
-    def of(self, kinds: Sequence[str]) -> "Score":
-        sides = (self.planted, self.right, self.wrong)
-        return Score(*(Counter({kind: side[kind] for kind in kinds}) for side in sides))
-
-    @property
-    def recall(self) -> float:
-        return self.right.total() / max(self.planted.total(), 1)
-
-    @property
-    def precision(self) -> float:
-        return self.right.total() / max(self.right.total() + self.wrong.total(), 1)
 
 
 class Bench:
@@ -179,7 +149,7 @@ class Bench:
             Measure("near_duplicate_precision", "share of found", [precision], peer_precision),
         ]
 
-    def personal(self, alpaca: Path | None) -> tuple[list[Measure], dict[str, Score]]:
+    def personal(self, alpaca: Path | None) -> tuple[list[Measure], dict[str, data_planted.Score]]:
         """The measures, and the score of each set."""
         size = self._sizes.personal
         sets = {
@@ -196,9 +166,9 @@ class Bench:
         started, scores = time.process_time(), {}
         for name, rows in sets.items():
             hits = [[(hit.start, hit.end, hit.kind) for hit in find(row.text)] for row in rows]
-            scores[name] = judge(rows, hits)
+            scores[name] = data_planted.judge(rows, hits)
         seconds = time.process_time() - started
-        total = Score()
+        total = data_planted.Score()
         for score in scores.values():
             total.add(score)
         notes = {"rows_per_cpu_s": sum(map(len, sets.values())) / seconds}
@@ -211,9 +181,9 @@ class Bench:
                 {"texts": self._written("texts.json", [row.text for row in rows])},
                 {"regions": REGIONS, "score": PRESIDIO_SCORE},
             )
-            theirs = judge(rows, made["hits"])
+            theirs = data_planted.judge(rows, made["hits"])
             kinds = [kind for kind in sorted(theirs.planted) if kind != "secret"]
-            same = Score()
+            same = data_planted.Score()
             for name in english:
                 same.add(scores[name].of(kinds))
             theirs = theirs.of(kinds)
@@ -244,27 +214,12 @@ class Bench:
         return json.loads(out.read_text())
 
 
-def judge(rows: Sequence[data_planted.Planted], hits: Sequence[Sequence[Span]]) -> Score:
-    """A planted value is found by a hit of its kind over all its characters; a hit that meets no planted value of its
-    kind is wrong."""
-    score = Score()
-    for row, found in zip(rows, hits, strict=True):
-        for start, end, kind in row.spans:
-            score.planted[kind] += 1
-            score.right[kind] += any(hit[2] == kind and hit[0] <= start and end <= hit[1] for hit in found)
-        for start, end, kind in found:
-            score.wrong[kind] += not any(
-                kind == planted[2] and start < planted[1] and planted[0] < end for planted in row.spans
-            )
-    return score
-
-
 def _texts(path: Path) -> list[str]:
     rows = json.loads(path.read_text())
     return [" ".join(filter(None, (row["instruction"], row.get("input"), row["output"]))) for row in rows]
 
 
-def _show_scores(scores: dict[str, Score]) -> None:
+def _show_scores(scores: dict[str, data_planted.Score]) -> None:
     kinds = sorted({kind for score in scores.values() for kind in score.planted})
     table = Table(title="Planted personal data: recall by kind", title_justify="left")
     table.add_column("set", no_wrap=True)

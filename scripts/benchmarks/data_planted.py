@@ -4,10 +4,13 @@ Around the values (data_values.py) stand sentences of our own in English or Chin
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from scripts.benchmarks.data_values import VALUES, Language, look_alike
+
+Span = tuple[int, int, str]
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Planted:
     """A text, and the (start, end, kind) of each value that was put into it."""
 
     text: str
-    spans: tuple[tuple[int, int, str], ...]
+    spans: tuple[Span, ...]
 
 
 def personal(seed: int, rows: int, language: Language, hosts: Sequence[str] = ()) -> list[Planted]:
@@ -83,6 +86,47 @@ def duplicates(seed: int, originals: int, language: Language, words: int = 80) -
             pairs.add((first[number], place))
         first.setdefault(number, place)
     return Duplicates([text for _, text in texts], pairs)
+
+
+@dataclass
+class Score:
+    """Planted and found values of one set, by kind."""
+
+    planted: Counter[str] = field(default_factory=Counter)
+    right: Counter[str] = field(default_factory=Counter)
+    wrong: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: "Score") -> None:
+        self.planted += other.planted
+        self.right += other.right
+        self.wrong += other.wrong
+
+    def of(self, kinds: Sequence[str]) -> "Score":
+        sides = (self.planted, self.right, self.wrong)
+        return Score(*(Counter({kind: side[kind] for kind in kinds}) for side in sides))
+
+    @property
+    def recall(self) -> float:
+        return self.right.total() / max(self.planted.total(), 1)
+
+    @property
+    def precision(self) -> float:
+        return self.right.total() / max(self.right.total() + self.wrong.total(), 1)
+
+
+def judge(rows: Sequence[Planted], hits: Sequence[Sequence[Span]]) -> Score:
+    """A planted value is found by a hit of its kind over all its characters; a hit that meets no planted value of its
+    kind is wrong."""
+    score = Score()
+    for row, found in zip(rows, hits, strict=True):
+        for start, end, kind in row.spans:
+            score.planted[kind] += 1
+            score.right[kind] += any(hit[2] == kind and hit[0] <= start and end <= hit[1] for hit in found)
+        for start, end, kind in found:
+            score.wrong[kind] += not any(
+                kind == planted[2] and start < planted[1] and planted[0] < end for planted in row.spans
+            )
+    return score
 
 
 FRAMES: dict[Language, dict[str, tuple[str, ...]]] = {
