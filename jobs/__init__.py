@@ -63,5 +63,7 @@ lineage     where an adapter, a model or a run comes from, followed through the 
 lineage_tree  the same as a tree for a terminal
 reproduction  a run done again from its record, and its losses beside the original's
 reproduce   `python -m jobs.reproduce NAME@3|RUN store=URL key=value …`
+submission  a job, handed to a cluster from a laptop
+views       `luthier jobs list|show|logs|report|diff|export`: what runs have left
 cli         `luthier jobs …`
 """
