@@ -1,7 +1,6 @@
 """`luthier jobs …`: what begins or ends something: plan, submit, train, evaluate, resume, reproduce, stop.
 
 What only reads is in views.py.
-
 """
 
 import json
