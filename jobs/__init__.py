@@ -14,6 +14,7 @@ template    the model's own chat template: a conversation's text, and where in i
 truth       whether what it writes is still the conversation that was given; pure
 chat        a conversation or a text, to supervised tokens
 data        what is in the rows: checked, cleaned and described before anything is trained on them
+tasks       Ray tasks, a few at a time
 dataset     tokenise once on CPU workers, into the store's dataset cache
 packing     sample order, packs and each rank's share; pure
 model       the base model and its attention for packed rows

@@ -29,10 +29,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.exceptions import RayTaskError
 
 from cluster import keys, records
-from cluster.errors import DataError, LuthierError, ModelError, ObjectExists, StoreError
+from cluster.errors import DataError, ModelError, ObjectExists, StoreError
 from cluster.models import cache_folder
 from cluster.records import DatasetManifest, FileRecord
 from cluster.store import Store
@@ -40,6 +39,7 @@ from jobs.chat import Overlong, Renderer, Sample
 from jobs.config import DataConfig
 from jobs.formats import normalise
 from jobs.rows import Place, Row, Unusable, locate, read_rows
+from jobs.tasks import bounded
 
 Ids = npt.NDArray[np.int64]
 
@@ -110,15 +110,12 @@ def prepare(
         if (model_folder / name).exists()
     }
     shipped = ray.put(tokenizer)
-    tasks = [
-        _tokenise_remote(shipped, chunk, index, digest, data.sequence_length, data.overlong, store)
+    calls = (
+        (_tokenise_remote(shipped, chunk, index, digest, data.sequence_length, data.overlong, store), index)
         for index, chunk in enumerate(_chunks(files))
-    ]
-    try:
-        results: list[_ShardResult] = ray.get(tasks)
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, LuthierError) else error) from None  # without Ray's traceback
-    manifest, faults = _summarise(results, digest)
+    )
+    results: dict[int, _ShardResult] = {index: result for result, index in bounded(calls)}
+    manifest, faults = _summarise([results[index] for index in sorted(results)], digest)
     try:
         _judge(faults, manifest.samples, data)
     except DataError:

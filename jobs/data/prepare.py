@@ -10,7 +10,7 @@ Only a few parts are in memory at a time, here and in the tasks, whatever the si
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import ray
-from ray.exceptions import RayTaskError
 
 from cluster import __version__, keys, records
-from cluster.errors import DataError, LuthierError, ObjectExists, ObjectNotFound
+from cluster.errors import DataError, ObjectExists, ObjectNotFound
 from cluster.logs import say
 from cluster.records import FileRecord
 from cluster.store import Store
@@ -35,6 +34,7 @@ from jobs.data.request import FORMAT, Request
 from jobs.data.rules import SOURCE
 from jobs.data.stage import RowExample
 from jobs.data.table import Table, gather
+from jobs.tasks import bounded
 
 LIBRARIES = ("ftfy", "py3langid", "phonenumbers", "python-stdnum", "detect-secrets", "transformers")
 NAMED = 5
@@ -151,29 +151,10 @@ def _examine(request: Request, paths: Sequence[Path], store: Store, tell: Tell) 
 
     if there:
         tell(f"data: {len(there):,} parts were examined before, and are not again")
-    for rows, bytes_done in _bounded(calls()):
+    for rows, bytes_done in bounded(calls()):
         progress.done(rows, bytes_done)
     tell(f"data: examined {progress.end()}")
     return parts
-
-
-def _bounded(calls: Iterable[tuple[Any, int]]) -> Iterator[tuple[Any, int]]:
-    """The results of tasks as they end, of which only a few more are under way than there are CPUs."""
-    pending: dict[Any, int] = {}
-    try:
-        for reference, tag in calls:
-            pending[reference] = tag
-            if len(pending) >= 2 + int(ray.cluster_resources().get("CPU", 1)):
-                yield _first(pending)
-        while pending:
-            yield _first(pending)
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, LuthierError) else error) from None  # without Ray's traceback
-
-
-def _first(pending: dict[Any, int]) -> tuple[Any, int]:
-    done, _ = ray.wait(list(pending), num_returns=1)
-    return ray.get(done[0]), pending.pop(done[0])
 
 
 def _found(table: Table) -> dict[Check, Found]:
@@ -288,5 +269,5 @@ def _write(request: Request, table: Table, take: Take, store: Store) -> list[Fil
             split = request.sources[table.reports[index].source].split
             yield task.remote(request.digest, index, split, take[start:end][lines[start:end]], store), index
 
-    written = {index: result for result, index in _bounded(calls())}
+    written = {index: result for result, index in bounded(calls())}
     return [written[index][0] for index in sorted(written) if written[index]]
