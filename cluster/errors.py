@@ -4,6 +4,7 @@
     ├── InputError                   exit 2: what the person gave is at fault
     │   ├── ConfigError              keys, types and values; all faults at once
     │   ├── DataError                rows or files that cannot be used
+    │   │   └── AskedOtherwise       a chat template asks in another way than it writes the turn
     │   ├── ModelError               unknown, unsupported or incomplete model
     │   ├── LicenceRefused           a licence does not allow the use, or wants a sign-off
     │   ├── ReleaseRefused           an alias may not move to a version that has not passed its evaluation
@@ -71,6 +72,10 @@ class ConfigError(InputError):
 
 class DataError(InputError):
     """A data file, or too many of its rows, cannot be used."""
+
+
+class AskedOtherwise(DataError):
+    """The generation prompt is not how the turn is written: a fault of this row only if others have it right."""
 
 
 class ModelError(InputError):

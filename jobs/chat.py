@@ -12,11 +12,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cluster.errors import DataError, ModelError
+from cluster.errors import AskedOtherwise, DataError, ModelError
 from jobs import truth
 from jobs.formats import Conversation, Example, Text
 from jobs.rows import Unusable
-from jobs.template import PROBE, AskedOtherwise, Span, Template
+from jobs.template import PROBE, Span, Template
 
 if TYPE_CHECKING:  # importing transformers takes seconds, and whoever has a tokenizer has done it
     from transformers import PreTrainedTokenizerBase

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from cluster.errors import DataError, ModelError
+from cluster.errors import AskedOtherwise, DataError, ModelError
 from jobs import truth
 from jobs.formats import Conversation, Message, ToolCall
 
@@ -41,10 +41,6 @@ PROBE = Conversation((Message("user", "Which colour?"), Message("assistant", "Bl
 _CALL = Message("assistant", "", (ToolCall("probe", {"colour": "blue"}, "call00000"),))
 _HEADER_CHARACTERS = 200  # more than any family writes before an answer
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class AskedOtherwise(DataError):
-    """The generation prompt is not how the turn is written: a fault of this row only if others have it right."""
 
 
 class Template:
