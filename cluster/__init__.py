@@ -7,6 +7,7 @@ secret     secrets by name: where each is kept, read only where it is needed
 models     which base model: folder, Hub id or store; pinned, mirrored, its shape read without torch
 hub        a model's files from the Hub, and what its refusals mean
 catalogue/  base models: added, inspected, suggested, converted from pickles, drawn as a tree
+objects    what an object may be called, and how it is listed
 store      the object store's protocol; folder.py and s3.py keep it
 patient    a store that sits out what passes, for whoever must go on in the middle of a long run
 keys       every key in the store, each made by one function

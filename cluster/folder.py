@@ -25,7 +25,7 @@ from cluster.errors import (
     StoreUnfit,
     StoreUnreachable,
 )
-from cluster.store import TEMPORARY, ObjectInfo, check_key
+from cluster.objects import TEMPORARY, ObjectInfo, check_key
 
 _DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}

@@ -29,8 +29,9 @@ from cluster.errors import (
     StoreError,
     StoreUnfit,
 )
+from cluster.objects import ObjectInfo, check_key
 from cluster.records import now
-from cluster.store import ObjectInfo, Store, check_key
+from cluster.store import Store
 
 Result = TypeVar("Result")
 

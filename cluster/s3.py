@@ -55,7 +55,7 @@ from cluster.errors import (
     StoreUnfit,
     StoreUnreachable,
 )
-from cluster.store import TEMPORARY, ObjectInfo, check_key
+from cluster.objects import TEMPORARY, ObjectInfo, check_key
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ suites      the prompts that a version is evaluated by: read, checked, kept in t
 scorers     how good an answer is: exact match, one's own function, a refusal
 measures    from answers and losses to a report's figures; pure
 evaluation  measure a version by what it must show, beside the one in stable, and write the report
+questions   what that asks in a Ray task, and what comes back
 evaluator   the Ray task of that: the base with adapters, losses, greedy answers; torch
 release     evaluate, then move the alias or leave it
 attempts    one start of the workers after another, until the run has an end

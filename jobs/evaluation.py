@@ -9,7 +9,6 @@ suites are in the store. Nothing here moves an alias. No torch.
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,62 +19,17 @@ from cluster import __version__, evaluation, keys, models, records, registry
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, InputError, LuthierError, ObjectNotFound, RunFailed
 from cluster.evaluation import Against, EvaluationReport
-from cluster.models import ModelConfig
-from cluster.place import ClusterConfig
-from cluster.records import AdapterRecord, BaseModelRef, Requirement, RunRecord
+from cluster.records import AdapterRecord, Requirement, RunRecord
 from cluster.store import Store
 from cluster.who import submitter
 from jobs import dataset, suites
 from jobs.config import EvaluationConfig, Recipe
-from jobs.formats import Example
 from jobs.measures import NO_STABLE, Found, measure
+from jobs.questions import Answers, Group, Question, Task
 from jobs.scorers import source_digest
 from jobs.suites import Prompt, Suites
 
 VERSIONS = ("torch", "transformers", "peft")
-
-Group = tuple[int, ...]
-"""Questions, by their place in the list."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked, and where it stands."""
-
-    place: str
-    example: Example
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one Ray task is to find out: of each adapter the loss on `dataset`, and answers to some of the questions.
-
-    An adapter's questions come in groups, which share no batch: so two adapters that are asked the same are asked it in
-    the same batches, and rounding makes no difference between them that is not theirs.
-    """
-
-    model: ModelConfig
-    base: BaseModelRef
-    adapters: tuple[tuple[AdapterRecord, tuple[Group, ...]], ...]
-    questions: tuple[Question, ...]
-    dataset: str | None
-    sequence_length: int
-    max_tokens: int
-    batch: int
-    cluster: ClusterConfig
-    store: Store
-    secrets: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What one adapter gave: an answer to each question that it was asked, by its place, and its loss on so many
-    samples."""
-
-    texts: dict[int, str]
-    cut_off: int
-    loss: float | None
-    samples: int
 
 
 def find(store: Store, reference: str) -> AdapterRecord:

@@ -18,12 +18,12 @@ from cluster import keys, models, records, secret
 from cluster.errors import DataError
 from cluster.models import read_shape
 from jobs.dataset import Dataset
-from jobs.evaluation import Answers, Question, Task
 from jobs.formats import Message, Text
 from jobs.kernels import summed_cross_entropy
 from jobs.model import load_model, load_tokenizer
 from jobs.objectives import pack_row, supervised_logits
 from jobs.packing import SampleSchedule
+from jobs.questions import Answers, Question, Task
 
 
 def evaluate(task: Task) -> list[Answers]:

@@ -19,8 +19,8 @@ from cluster.errors import ObjectExists, StoreUnreachable
 from cluster.folder import FolderStore
 from cluster.ledger import Entry, Line, Price, Spent
 from cluster.meter import Meter
+from cluster.objects import ObjectInfo
 from cluster.place import ClusterConfig, Prices
-from cluster.store import ObjectInfo
 
 NOON_MS = ledger.to_ms("2026-03-26T12:00:00.000Z")
 DAY_MS = 24 * 3_600_000

@@ -31,8 +31,9 @@ from cluster.errors import (
     exit_code,
 )
 from cluster.folder import FolderStore
+from cluster.objects import TEMPORARY, check_key
 from cluster.s3 import Patience, S3Store
-from cluster.store import TEMPORARY, Store, check_key, open_existing, open_store
+from cluster.store import Store, open_existing, open_store
 from tests.cluster.conftest import UseEnv
 from tests.cluster.race import race
 from tests.servers import S3Server, StubS3, aws_env, free_ports, shared

@@ -25,9 +25,9 @@ from cluster.errors import (
     StoreUnreachable,
 )
 from cluster.folder import FolderStore
+from cluster.objects import ObjectInfo
 from cluster.patient import Outage, PatientStore
 from cluster.s3 import Patience, S3Store
-from cluster.store import ObjectInfo
 from tests.faults.proxy import Proxy
 from tests.servers import S3Server, aws_env, shared
 

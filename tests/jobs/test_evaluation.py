@@ -30,6 +30,7 @@ from jobs.dataset import Dataset, tokenise_shard
 from jobs.measures import NO_STABLE, Found, measure
 from jobs.model import load_model, load_tokenizer
 from jobs.plan import Survey, make_plan
+from jobs.questions import Question, Task
 from jobs.release import _alive, release
 from jobs.release import evaluate as release_evaluate
 from jobs.rows import Place
@@ -336,7 +337,7 @@ def test_a_batch_answers_as_one_prompt_at_a_time_and_greedily(adapted: PeftModel
     ]
     rows = [{"messages": [{"role": "user", "content": text}]} for text in texts]
     asked = [suites._prompt("regression", str(n), row) for n, row in enumerate(rows)]
-    questions = [evaluation.Question(each.place, each.example) for each in asked if isinstance(each, Prompt)]
+    questions = [Question(each.place, each.example) for each in asked if isinstance(each, Prompt)]
     encoded = evaluator.encode(tokenizer, questions, 500)
     assert tokenizer.decode(encoded[0]) == "<|im_start|>user\nShip it.<|im_end|>\n<|im_start|>assistant\n"
     device = torch.device("cpu")
@@ -372,12 +373,12 @@ def test_two_versions_on_one_base_give_what_each_gives_alone(
     lines = [json.loads(line) for line in rows.read_text().splitlines()[:12]]
     _tokenised(folder, lines, store)
     asked = tuple(
-        evaluation.Question(str(number), each.example)
+        Question(str(number), each.example)
         for number, row in enumerate(lines)
         if isinstance(each := suites._prompt("answers", str(number), row), Prompt)
     )
     everything, some = tuple(range(12)), tuple(range(0, 12, 3))
-    task = evaluation.Task(
+    task = Task(
         model=described,
         base=base,
         adapters=((made[0], (some, everything)), (made[1], (some,))),
