@@ -143,7 +143,7 @@ def prepare(setting: Setting, recipes: list[Path]) -> list[str]:
         for recipe in loaded:
             store = open_store(recipe.store)
             files = dataset.locate_all(recipe.data.train, store, setting.out)
-            begun.append(driver.begin(recipe, [files], None, store, Gate.here())[0].run_id)
+            begun.append(driver.begin(recipe, [files, []], None, store, Gate.here())[0].run_id)
     return begun
 
 
