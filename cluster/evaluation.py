@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from cluster import keys, records
-from cluster.errors import ObjectDamaged, ObjectExists
+from cluster.errors import ObjectDamaged, ObjectExists, ObjectNotFound
 from cluster.records import AdapterRecord, BaseModelRef, Record, Requirement, Suite
 from cluster.store import Store
 
@@ -129,19 +129,49 @@ def state(store: Store, record: AdapterRecord) -> str:
     return f"{'passed' if report.passed else 'failed'} ({report.number})"
 
 
-def refusals(store: Store, record: AdapterRecord, stable: int | None) -> tuple[str, ...]:
+def refusals(
+    store: Store, record: AdapterRecord, stable: int | None, report: EvaluationReport | None = None
+) -> tuple[str, ...]:
     """Why no alias may move to a version now, reason by reason; empty when one may.
 
     Args:
-        stable: the version that is in `stable` now.
+        stable: the version that is in `stable` now; whoever follows it must show no less.
+        report: what it is promoted by; taken for a requirement where the version has none of its own.
     """
+    requirement = record.gate or (report.requirement if report else None)
+    lowered = _lowered(requirement, store, record.name, stable) if stable not in (None, record.version) else ()
     if record.gate is None:
-        return ()
+        return lowered
     try:
         report = newest(store, record)
     except ObjectDamaged as error:  # must not keep anybody from going back
         return (f"a report cannot be read: {error}",)
-    return judge(report, record.version, record.gate, stable)
+    return (*judge(report, record.version, record.gate, stable), *lowered)
+
+
+def _lowered(requirement: Requirement | None, store: Store, name: str, stable: int) -> tuple[str, ...]:
+    """What the version in `stable` had to show, and this one need not: otherwise a recipe that leaves its evaluation
+    out would be the way around it. Prompts cannot be compared: another file of them is taken for as good."""
+    try:
+        before = records.read(store, keys.adapter_record(name, stable), AdapterRecord).gate
+    except ObjectNotFound:
+        return ()
+    return tuple(f"version {stable} in stable had to show {each}" for each in _less(requirement, before))
+
+
+def _less(ours: Requirement | None, theirs: Requirement | None) -> Iterator[str]:
+    for suite in theirs.suites if theirs else ():
+        if ours is None or suite not in ours.suites:
+            yield f"{suite}, and this one need not"
+            continue
+        wanted, asked = (dict(each.settings.get(suite) or {}) for each in (theirs, ours) if each)
+        for name, limit in wanted.items():
+            sign = {"max": 1, "min": -1}.get(name.partition("_")[0])
+            if sign is None or limit is None:
+                continue
+            mine = asked.get(name)
+            if mine is None or sign * mine > sign * limit:
+                yield f"{suite}.{name} of {limit}, and this one {'nothing of it' if mine is None else mine}"
 
 
 def judge(

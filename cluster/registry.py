@@ -203,6 +203,7 @@ def set_alias(
     by: str = "",
     percent: int = 0,
     override_gate: bool = False,
+    report: EvaluationReport | None = None,
 ) -> AliasEntry:
     """Point an alias at a version, or remove it with None.
 
@@ -210,10 +211,12 @@ def set_alias(
         percent: for `canary` alone: the share of the name's traffic that it answers.
         by: who; the user of this process when empty.
         override_gate: move it although the version has not passed its evaluation; the log keeps what was overridden.
+        report: what a version that need not show anything is promoted by.
 
     Raises:
         AdapterNotFound: no such version.
-        ReleaseRefused: the version must pass an evaluation and has not, and this alias has never held it.
+        ReleaseRefused: the version must pass an evaluation and has not, or has less to pass than the one in `stable`;
+            and this alias has never held it.
     """
     if not keys.is_name(name):
         raise ConfigError([Fault(f"adapter {name!r}", "", "write the adapter's name, in lower case")])
@@ -230,7 +233,7 @@ def set_alias(
     def change(state: AliasEntry, entries: list[str]) -> AliasEntry:
         overridden: tuple[str, ...] = ()
         if wanted is not None:  # judged on the very state that the next entry follows
-            reasons = evaluation.refusals(store, wanted, state.stable)
+            reasons = evaluation.refusals(store, wanted, state.stable, report)
             if reasons and not _has_held(store, entries, alias, wanted.version):
                 if not override_gate:
                     raise _refusal(store, wanted, alias, reasons)
@@ -263,7 +266,8 @@ def promote(
     if reasons:
         raise _refusal(store, wanted, alias, reasons)
     assert report
-    return set_alias(store, wanted.name, alias, wanted.version, why or f"promoted by its report {report.number}")
+    said = why or f"promoted by its report {report.number}"
+    return set_alias(store, wanted.name, alias, wanted.version, said, report=report)
 
 
 def _refusal(store: Store, wanted: AdapterRecord, alias: str, reasons: tuple[str, ...]) -> ReleaseRefused:

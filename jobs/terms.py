@@ -34,8 +34,9 @@ def _data(recipe: Recipe, gate: Gate) -> Iterator[Artefact]:
         said = recipe.data.licence_of(source)
         hub = _HUB.match(source)
         name = hub[1] if hub else source
-        if hub and not is_own(said.licence if said else None):
-            yield from origin(name, "data", gate.facts, None, said.licence if said else None)
+        if hub and not _is_ours(hub[1], said, gate):
+            declared = None if said is None or is_own(said.licence) else said.licence
+            yield from origin(name, "data", gate.facts, None, declared)
         elif said and said.licence and not is_own(said.licence):
             yield Artefact(kind="data", name=name, licence=said.licence)
         for teacher in said.teachers if said else ():
@@ -47,11 +48,16 @@ def licence_of(data: DataConfig, source: str, gate: Gate) -> DataLicence:
     nothing is said of, what the table knows for a set on the Hub."""
     said = data.licence_of(source) or DataLicence.model_validate({})
     hub = _HUB.match(source)
-    if hub is None or is_own(said.licence):
+    if hub is None or _is_ours(hub[1], said, gate):
         return said if said.licence else said.model_copy(update={"licence": OWN})
-    found = origin(hub[1], "data", gate.facts, None, said.licence)
+    found = origin(hub[1], "data", gate.facts, None, None if is_own(said.licence) else said.licence)
     teachers = dict.fromkeys([*said.teachers, *(artefact.name for artefact in found[1:])])
     return said.model_copy(update={"licence": found[0].licence, "teachers": tuple(teachers)})
+
+
+def _is_ours(name: str, said: DataLicence | None, gate: Gate) -> bool:
+    """Whether a set on the Hub is one's own: it is said to be, and it is nobody else's that we know of."""
+    return said is not None and is_own(said.licence) and gate.facts.known_as(name) is None
 
 
 def judge(recipe: Recipe, gate: Gate) -> tuple[Judgement, ...]:

@@ -140,7 +140,7 @@ def test_the_log_keeps_what_was_overridden(store: FolderStore) -> None:
         registry.set_alias(store, "support", "stable", 1, why=" ", override_gate=True)
     registry.set_alias(store, "support", "stable", 1, why="the old one leaks", by="ada", override_gate=True)
     registry.set_alias(store, "support", "night", 1, why="the same", by="bob", override_gate=True)
-    publish(store, gate=None)
+    report(store, publish(store), against=1)
     registry.set_alias(store, "support", "night", 2, why="free", override_gate=True)
     overridden, again, free = registry.alias_history(store, "support")
     assert overridden.overridden == again.overridden == ("loss: loss is 3.25, and at most 2 is required",)
@@ -200,7 +200,10 @@ def test_no_history_has_an_alias_at_a_version_that_was_not_passed_overridden_or_
                 case ("move", str(alias), int(version), bool(override)):
                     passed, against = newest.get(version, (False, None))
                     fits = passed and stable(store) in (None, version, against)
-                    may = version in free or fits or (alias, version) in held or override
+                    now = stable(store)
+                    lowered = version in free and now not in (None, version) and now not in free
+                    passes = not lowered if version in free else fits
+                    may = passes or (alias, version) in held or override
                     before = registry.alias_state(store, "support")
                     try:
                         entry = registry.set_alias(
@@ -211,7 +214,7 @@ def test_no_history_has_an_alias_at_a_version_that_was_not_passed_overridden_or_
                         assert registry.alias_state(store, "support") == before
                     else:
                         assert may
-                        must_say = not (version in free or fits or (alias, version) in held)
+                        must_say = not (passes or (alias, version) in held)
                         assert bool(entry.overridden) == must_say
                         held.add((alias, version))
                 case ("remove", str(alias)):
@@ -220,6 +223,53 @@ def test_no_history_has_an_alias_at_a_version_that_was_not_passed_overridden_or_
                         registry.set_alias(store, "support", alias, None, why="away")
         for entry in registry.alias_history(store, "support"):
             assert {(alias, version) for alias, version in registry.alias_targets(entry).items()} <= held
+
+
+LESS = {
+    "nothing at all": (None, "had to show loss, and this one need not"),
+    "a suite less": (Requirement.of(("regression",), {"regression": {"max_worse": 0.1}}), "had to show loss, and"),
+    "more loss": (
+        Requirement.of(("loss", "regression"), {"loss": {"max_loss": 2.5}, "regression": {"max_worse": 0.1}}),
+        "loss.max_loss of 2.0, and this one 2.5",
+    ),
+    "another figure": (
+        Requirement.of(("loss", "regression"), {"loss": {"max_increase": 9}, "regression": {"max_worse": 0.1}}),
+        "loss.max_loss of 2.0, and this one nothing of it",
+    ),
+    "a lower score": (
+        Requirement.of(("loss", "regression"), {"loss": {"max_loss": 2.0}, "regression": {"max_worse": 0.2}}),
+        "regression.max_worse of 0.1, and this one 0.2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("gate", "why"), LESS.values(), ids=list(LESS))
+def test_who_follows_a_version_must_show_no_less_than_it_had_to(
+    store: FolderStore, gate: Requirement | None, why: str
+) -> None:
+    settings = {"loss": {"max_loss": 2.0, "max_increase": None}, "regression": {"max_worse": 0.1, "prompts": ["a"]}}
+    asked = Requirement.of(("loss", "regression"), settings)
+    report(store, publish(store, asked), requirement=asked)
+    registry.set_alias(store, "support", "stable", 1, why="it has passed")
+    wanted = publish(store, gate)
+    if gate:
+        report(store, wanted, requirement=gate)
+    with pytest.raises(ReleaseRefused, match=why):
+        registry.set_alias(store, "support", "stable", 2, why="")
+    entry = registry.set_alias(store, "support", "stable", 2, why="we ask less from now on", override_gate=True)
+    assert why in entry.overridden[0]
+    strict = Requirement.of(("loss", "regression", "safety"), {**settings, "loss": {"max_loss": 1.0}})
+    report(store, publish(store, strict), requirement=strict)
+    registry.set_alias(store, "support", "stable", 1, why="back")
+    registry.set_alias(store, "support", "stable", 3, why="stricter")
+
+
+def test_a_report_by_as_strict_a_recipe_promotes_what_must_show_nothing(store: FolderStore) -> None:
+    report(store, publish(store))
+    registry.set_alias(store, "support", "stable", 1, why="it has passed")
+    wanted = publish(store, gate=None)
+    registry.promote(store, wanted, report(store, wanted, against=1))
+    assert stable(store) == 2
 
 
 def luthier(*arguments: str, code: int = 0) -> str:

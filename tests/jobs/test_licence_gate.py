@@ -61,6 +61,10 @@ def publish(store: FolderStore, folder: Path, name: str, *artefacts: Artefact, *
         ),
         ("data.train=[hf://datasets/lab/unknown/a.jsonl]", "lab/unknown: nothing is known of the licence 'none'"),
         ("data.train=[hf://datasets/tatsu-lab/alpaca/a.jsonl]", "tatsu-lab/alpaca is under CC-BY-NC-4.0"),
+        (
+            "data={train: [hf://datasets/tatsu-lab/alpaca/a.jsonl], licences: {hf://datasets/tatsu-lab/alpaca: own}}",
+            "tatsu-lab/alpaca is under CC-BY-NC-4.0",
+        ),
         ("model.made_from=[{name: Qwen/Qwen2.5-3B}]", "Qwen/Qwen2.5-3B is under qwen-research"),
     ],
 )

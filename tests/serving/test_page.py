@@ -45,6 +45,11 @@ class Server(BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("x-luthier-adapter", "support@3")
         self.end_headers()
+        if asked[-1]["messages"][-1]["content"] == "hang":
+            self.wfile.write(b'data: {"choices": [{"delta": {"content": "half an answer"}}]}\n\n')
+            self.wfile.flush()
+            self.rfile.read(1)  # until the page has gone away
+            return
         for text in ("It is ", EVIL, " – 好"):
             event = f"data: {json.dumps({'choices': [{'delta': {'content': text}}]}, ensure_ascii=False)}\n\n".encode()
             for part in (event[:-5], event[-5:]):  # events and letters may come in pieces
@@ -93,6 +98,27 @@ def test_it_shows_what_licences_want_streams_answers_and_lets_no_text_become_mar
     roles = [[turn["role"] for turn in each["messages"]] for each in asked]
     assert roles == [["user"], ["user", "assistant", "user"], ["user", "assistant", "user"]]
     assert {each["model"] for each in asked} == {"support"}
+
+
+def test_an_answer_that_is_still_coming_does_not_get_into_the_next_chat(url: str) -> None:
+    browser.run(
+        url,
+        SETTLED
+        + """(async () => {
+            await until(() => $("model").options.length === 2);
+            const say = text => { $("text").value = text; $("form").requestSubmit(); };
+            say("hang");
+            await until(() => document.body.innerText.includes("half an answer"));
+            $("clear").click();
+            say("And now?");
+            await until(() => !running);
+            say("Once more?");
+            await until(() => !running);
+        })()""",
+    )
+    said = [[turn["content"] for turn in each["messages"]] for each in asked]
+    assert [each[0] for each in said] == ["hang", "And now?", "And now?"]
+    assert [len(each) for each in said] == [1, 1, 3]
 
 
 def test_a_script_that_somebody_got_into_it_does_not_run(url: str) -> None:
