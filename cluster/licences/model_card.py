@@ -129,9 +129,9 @@ def _adapter(made: Made) -> str:
 
 
 def _data(run: RunRecord, counted: DatasetManifest | None) -> str:
-    rows = [(each.use, each.name, each.licence or "not stated", each.sha256) for each in run.sources]
+    rows = [(each.use, _public(each.name), each.licence or "not stated", each.sha256) for each in run.sources]
     if not rows:  # an older record has names alone
-        rows = [("train", name, "not stated", "not recorded") for name in run.recipe["data"]["train"]]
+        rows = [("train", _public(name), "not stated", "not recorded") for name in run.recipe["data"]["train"]]
     table = _table(("use", "file", "licence", "SHA-256"), rows)
     if counted is None:
         return table
@@ -140,6 +140,12 @@ def _data(run: RunRecord, counted: DatasetManifest | None) -> str:
         f"{table}\n\n{counted.samples:,} samples, {counted.tokens:,} tokens, of which {counted.supervised_tokens:,} "
         f"were learned; {left_out:,} rows were left out."
     )
+
+
+def _public(source: str) -> str:
+    """A source's name without the folders of somebody's machine; cards are for others."""
+    is_of_a_machine = source.startswith(("/", "~", "file://"))
+    return source.rstrip("/").rpartition("/")[2] if is_of_a_machine else source
 
 
 def _settings(run: RunRecord) -> str:

@@ -33,7 +33,10 @@ def card(*artefacts: Artefact, kind: str = "adapter", notice: str = "") -> str:
         versions={"torch": "2.13.0"},
         base=base,
         created_at="2026-11-26T08:00:00Z",
-        sources=(SourceFile(use="train", name="a|b.jsonl", size=1, sha256="e" * 64, licence="own"),),
+        sources=(
+            SourceFile(use="train", name="a|b.jsonl", size=1, sha256="e" * 64, licence="own"),
+            SourceFile(use="train", name="/home/ada/secret-project/c.jsonl", size=1, sha256="f" * 64, licence="own"),
+        ),
     )
     made = Made.model_validate(
         {
