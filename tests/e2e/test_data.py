@@ -1,6 +1,7 @@
 """Data checked and prepared by real Ray tasks: killed in the middle, asked for again, refused; and a million rows."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -10,7 +11,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -23,6 +27,7 @@ from cluster.place import ClusterConfig
 from cluster.session import joined
 from cluster.store import Store, open_store
 from jobs.data import prepare, prepared
+from jobs.data.card import Card
 from jobs.data.request import make_request
 from jobs.data.rules import Balance, Duplicates, Rules
 from scripts.benchmarks.data_planted import personal
@@ -37,15 +42,34 @@ rows_per_part: 50
 """
 
 
+class Elsewhere:
+    """Prepares in a process of its own: this one may have been in another Ray, and keeps that one's token."""
+
+    def __init__(self, pool: Executor) -> None:
+        self._pool = pool
+
+    def check(self, *given: Any) -> Card:
+        return self._pool.submit(prepare.check, *given).result()
+
+    def prepare(self, *given: Any) -> Card:
+        return self._pool.submit(prepare.prepare, *given).result()
+
+
+_JOINED = ExitStack()
+
+
+def _join(address: str, variables: dict[str, str]) -> None:
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    os.environ |= variables
+    _JOINED.enter_context(joined(ClusterConfig(name="here", address=address, memory_gb_per_worker=1), 1))
+
+
 @pytest.fixture(scope="module")
-def ray_here(ray_cluster: LocalCluster) -> Iterator[None]:
-    """This process, joined to the cluster."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
-            patch.setenv(name, ray_cluster.environment()[name])
-        patch.delenv("RAY_AUTH_TOKEN", raising=False)
-        with joined(ClusterConfig(name="here", address=ray_cluster.address, memory_gb_per_worker=1), 1):
-            yield
+def elsewhere(ray_cluster: LocalCluster) -> Iterator[Elsewhere]:
+    token = {name: ray_cluster.environment()[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, _join, (ray_cluster.address, token)) as pool:
+        yield Elsewhere(pool)
 
 
 def chat(asked: str, answered: str, **more: object) -> dict[str, object]:
@@ -87,7 +111,7 @@ def parts(store: Store, digest: str) -> dict[str, int]:
 
 
 def test_a_killed_preparation_goes_on_where_it_was_and_ends_as_a_calm_one(
-    ray_cluster: LocalCluster, ray_here: None, tmp_path: Path
+    ray_cluster: LocalCluster, elsewhere: Elsewhere, tmp_path: Path
 ) -> None:
     train, held = planted(tmp_path)
     rules = tmp_path / "rules.yaml"
@@ -106,18 +130,16 @@ def test_a_killed_preparation_goes_on_where_it_was_and_ends_as_a_calm_one(
     finished = parts(store, request.digest)
     assert 5 <= len(finished) < 41
     assert not store.exists(keys.prepared_card(request.digest))
-    prepare.check(request, paths, store)
+    elsewhere.check(request, paths, store)
     assert parts(store, request.digest).items() >= finished.items(), "no finished part was written again"
-    again = prepare.prepare(request, paths, store)
+    again = elsewhere.prepare(request, paths, store)
 
-    calm = prepare.prepare(request, paths, open_store(f"file://{tmp_path}/calm"))
+    calm = elsewhere.prepare(request, paths, open_store(f"file://{tmp_path}/calm"))
     assert [file.sha256 for file in again.files] == [file.sha256 for file in calm.files]
     assert again.found == calm.found
     assert parts(store, request.digest) == {}
 
-    began = time.monotonic()
-    assert prepare.prepare(request, paths, store) == again, "asked for again, it is found"
-    assert time.monotonic() - began < 0.5
+    assert elsewhere.prepare(request, paths, store) == again, "asked for again, it is found, with when it was made"
 
     counts = {check: found.counts.get("removed", 0) for check, found in again.found.items()}
     counts.pop("personal")
@@ -133,11 +155,11 @@ def test_a_killed_preparation_goes_on_where_it_was_and_ends_as_a_calm_one(
     assert sum(path.read_text().count("\n") for _, path in evaluation) == 20
 
 
-def test_groups_are_balanced(ray_here: None, tmp_path: Path) -> None:
+def test_groups_are_balanced(elsewhere: Elsewhere, tmp_path: Path) -> None:
     train, _ = planted(tmp_path)
     rules = Rules(balance=Balance(by="topic", do="down", seed=5), duplicates=Duplicates(exact="off"))
     store = open_store(f"file://{tmp_path}/store")
-    card = prepare.prepare(*make_request([("rows", train)], [], rules), store)
+    card = elsewhere.prepare(*make_request([("rows", train)], [], rules), store)
     files, _ = prepared.fetch(card, store)
     rows = [json.loads(line)["topic"] for _, path in files for line in path.read_text().splitlines()]
     counts = Counter(rows)
@@ -146,7 +168,9 @@ def test_groups_are_balanced(ray_here: None, tmp_path: Path) -> None:
     assert card.before.groups["a"] > 2 * card.before.groups["b"]
 
 
-def test_what_a_rule_refuses_ends_with_file_and_line(ray_cluster: LocalCluster, ray_here: None, tmp_path: Path) -> None:
+def test_what_a_rule_refuses_ends_with_file_and_line(
+    ray_cluster: LocalCluster, elsewhere: Elsewhere, tmp_path: Path
+) -> None:
     rows: list[object] = [chat(f"Question {number}?", f"Answer {number}.") for number in range(9)]
     path = write_rows(tmp_path / "bad.jsonl", rows)
     path.write_text(path.read_text().replace('"Answer 4."', "4,"))
@@ -161,10 +185,10 @@ def test_what_a_rule_refuses_ends_with_file_and_line(ray_cluster: LocalCluster, 
         [("twice.jsonl", write_rows(tmp_path / "twice.jsonl", rows))], [], Rules(duplicates=Duplicates(exact="refuse"))
     )
     with pytest.raises(DataError, match=r"twice\.jsonl:3: duplicates: says the same as twice\.jsonl:2"):
-        prepare.prepare(request, paths, open_store(store))
+        elsewhere.prepare(request, paths, open_store(store))
 
 
-def test_a_prepared_set_holds_none_of_the_planted_values(ray_here: None, tmp_path: Path) -> None:
+def test_a_prepared_set_holds_none_of_the_planted_values(elsewhere: Elsewhere, tmp_path: Path) -> None:
     """English, Chinese, and a copy of the Alpaca set where it lies beside the checkout; by the rules that ship."""
     sets = {"en": personal(5, 300, "en"), "zh": personal(5, 300, "zh")}
     alpaca = SHARED_DATA / "alpaca_en_demo.json"
@@ -177,7 +201,7 @@ def test_a_prepared_set_holds_none_of_the_planted_values(ray_here: None, tmp_pat
     ]
     values = {planted.text[start:end] for some in sets.values() for planted in some for start, end, _ in planted.spans}
     store = open_store(f"file://{tmp_path}/store")
-    card = prepare.prepare(*make_request(files, [], load(ROOT / "configs/policy/data.yaml", Rules)), store)
+    card = elsewhere.prepare(*make_request(files, [], load(ROOT / "configs/policy/data.yaml", Rules)), store)
     kept = [json.loads(line) for _, path in prepared.fetch(card, store)[0] for line in path.read_text().splitlines()]
     texts = "\n".join(row["messages"][1]["content"] for row in kept) + card.model_dump_json()
     assert [value for value in values if value in texts] == []
