@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from cluster import env, hub, keys, made, records
-from cluster.catalogue import remote_code
+from cluster.catalogue import links, remote_code
 from cluster.config import Config
 from cluster.errors import ModelError, ObjectExists, ObjectNotFound
 from cluster.records import Artefact, ArtefactKind, BaseModelRef, FileRecord, ModelManifest
@@ -197,6 +197,7 @@ def mirror(
         revision: what it is kept under; None: the config's, or else the digest of its files.
         say: is told of each file what was done with it.
     """
+    links.refuse(folder)
     read_shape(folder)
     check_loadable(folder)
     paths = wanted_files(folder)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.catalogue import remote_code
+from cluster.catalogue import links, remote_code
 from cluster.catalogue.convert import PICKLES, pickled_weights
 from cluster.catalogue.definition import Definition, compare, read_definition
 from cluster.catalogue.finding import Finding, Level
@@ -86,6 +86,8 @@ def inspect(folder: Path, facts: Facts) -> Inspection:
     """Look at a folder. Raises ModelError where there is none."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is no folder; give a model's folder, or its name in a --store")
+    if out := links.leading_out(folder):
+        return _unread(folder, out)
     definition, found = read_definition(folder)
     weights, tensors, more = _weights(folder, definition)
     found += more
@@ -105,6 +107,14 @@ def inspect(folder: Path, facts: Facts) -> Inspection:
         licence_files=tuple(sorted(path.name for each in _LICENCE_FILES for path in folder.glob(each))),
         findings=tuple(sorted(found, key=lambda each: list(Level).index(each.level))),
     )
+
+
+def _unread(folder: Path, out: tuple[str, ...]) -> Inspection:
+    """Of a folder that would lead us to other files: none of it is read."""
+    text = f"{', '.join(out)}: links out of the folder, so nothing of it was read"
+    fix = "put a copy there of what is part of the model, and remove the rest"
+    finding = Finding(Level.REFUSED, "links", text, fix)
+    return Inspection(str(folder), None, None, TokenizerFacts(kind="not read"), None, (), (), (finding,))
 
 
 def _weights(

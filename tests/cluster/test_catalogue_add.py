@@ -110,6 +110,38 @@ def test_a_record_does_not_change_its_licence(folder: Path, store: FolderStore) 
         into(store, folder, licence="mit")
 
 
+@pytest.mark.parametrize("convert", [False, True])
+def test_what_a_link_leads_to_never_reaches_the_store(
+    folder: Path, store: FolderStore, tmp_path: Path, convert: bool
+) -> None:
+    (tmp_path / "credentials").write_text("secret")
+    (folder / "merges.txt").symlink_to(tmp_path / "credentials")
+    if convert:
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    refused = r"merges\.txt -> .*credentials is a link out of the folder"
+    with pytest.raises(ModelError, match=refused):
+        into(store, folder, convert=convert)
+    recipe = ModelConfig(name="tiny", source=str(folder), revision=None, licence="mit", shape=None)
+    with pytest.raises(ModelError, match=refused):  # a job that uses the folder mirrors it too
+        models.pin(recipe, store)
+    assert list(store.list("")) == []
+
+
+def test_a_hub_caches_own_links_are_followed(folder: Path, store: FolderStore, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (blobs := tmp_path / "models--me--tiny" / "blobs").mkdir()
+    for number, path in enumerate(folder.iterdir()):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert into(store, snapshot).inspection.is_usable
+    (blobs / "99").symlink_to("/etc/passwd")  # a cache that a stranger packed
+    (snapshot / "notes.txt").symlink_to("../../blobs/99")
+    with pytest.raises(ModelError, match=r"notes\.txt -> /etc/passwd is a link"):
+        into(store, snapshot)
+
+
 def test_pickles_are_refused_and_then_converted(folder: Path, store: FolderStore) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

@@ -130,6 +130,13 @@ def own_code(folder: Path) -> None:
     (folder / "modeling_mine.py").write_text("")
 
 
+def link_out(folder: Path) -> None:
+    secret = folder.parent / "credentials"
+    secret.write_text("aws_secret_access_key = x")
+    (folder / "LICENSE").unlink()
+    (folder / "LICENSE").symlink_to(secret)
+
+
 def write(file: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / file).write_text(text) and None
 
@@ -214,6 +221,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], Level, str, str]] = {
         ),
         Level.REFUSED, "remote code", "the tokenizer ['t.T', None]",
     ),
+    "a link out": (link_out, Level.REFUSED, "links", "LICENSE -> "),
     "code that is not needed": (
         edit("config.json", auto_map={"AutoModelForCausalLM": "x.Y"}), Level.NOTE, "remote code", "never run",
     ),
