@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,18 +38,24 @@ Code and pickled weights (`*.bin`, `*.pt`) never are: loading runs them.
 """
 
 
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+"""A size that a model states: a stranger's number, and products of these are reckoned and printed."""
+Count = Annotated[int, Field(ge=1, le=10_000)]
+"""Of layers or heads, which are walked one by one; the largest models have some hundred."""
+
+
 class Shape(Config):
     """The sizes that decide memory and work, under the names that `config.json` uses."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Size
     tie_word_embeddings: bool
-    max_position_embeddings: int
+    max_position_embeddings: Size
     model_type: str = Field("llama", description="the family: what lies between the matrices of a layer")
 
     @property

@@ -1,7 +1,7 @@
 """Links of a model's folder: what is read and mirrored of it lies in it, or in the Hub cache that it is part of.
 
-A folder from a stranger may hold `LICENSE -> ~/.aws/credentials`; read through, its target would be in the store, for all
-who read that. huggingface_hub links too, and only so: …/snapshots/COMMIT/FILE -> ../../blobs/DIGEST.
+A folder from a stranger may hold `LICENSE -> ~/.aws/credentials`; read through, its target would be in the store, for
+all who read that. huggingface_hub links too, and only so: …/snapshots/COMMIT/FILE -> ../../blobs/DIGEST.
 """
 
 import os
