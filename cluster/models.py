@@ -230,7 +230,7 @@ def mirror(
         licence=model.licence,
         files=files,
         created_at=records.now(),
-        artefacts=tuple(dict.fromkeys([*made_from, *(how.artefacts if how else ())])),
+        artefacts=records.distinct([*made_from, *(how.artefacts if how else ())]),
         made=how,
     )
     with suppress(ObjectExists):  # another job mirrored the same bytes meanwhile

@@ -20,7 +20,7 @@ from cluster.licences.chain import Judgement, judge
 from cluster.licences.facts import OWN, Facts, load_facts
 from cluster.licences.organisation import Organisation, Use, load_organisation
 from cluster.models import ModelConfig
-from cluster.records import Artefact, LicenceRecord
+from cluster.records import Artefact, LicenceRecord, distinct
 
 
 class Gate(Config):
@@ -53,7 +53,7 @@ class Gate(Config):
             rest = [each for each in rest if each.licence is not None or (each.kind, each.name) not in stated]
             if itself.licence is not None or rest:
                 found += [itself, *rest]
-        return tuple(dict.fromkeys(found))
+        return distinct(found)
 
     def judge(self, artefacts: Sequence[Artefact], use: Use, name: str | None = None) -> Judgement:
         """The verdict on one use, today."""

@@ -25,6 +25,7 @@ from cluster.errors import ConfigError, LicenceRefused, ModelError
 from cluster.folder import FolderStore
 from cluster.licences.gate import Gate
 from cluster.models import ModelConfig
+from cluster.records import Artefact
 from cluster.s3 import S3Store
 from jobs.model import load_model
 from tests.cluster.hub import COMMIT, hub
@@ -108,6 +109,32 @@ def test_a_record_does_not_change_its_licence(folder: Path, store: FolderStore) 
     into(store, folder)
     with pytest.raises(LicenceRefused, match=r"under apache-2\.0 and not mit"):
         into(store, folder, licence="mit")
+
+
+def test_a_record_does_not_change_what_it_was_made_from(folder: Path, store: FolderStore) -> None:
+    into(store, folder)
+    card = "---\nlicense: apache-2.0\n{}---\n"
+    (folder / "README.md").write_text(card.format("pipeline_tag: text-generation\n"))
+    into(store, folder)  # the same, but for what its card had not said
+    (folder / "README.md").write_text(card.format("base_model: google/gemma-3-1b-it\n"))
+    with pytest.raises(LicenceRefused, match=r"only one of its record and this source names base google/gemma-3-1b-it"):
+        into(store, folder)
+    into(store, folder, name="gemma")
+    (folder / "README.md").write_text(card.format(""))
+    with pytest.raises(LicenceRefused, match=r"names base google/gemma-3-1b-it \(gemma\); a record does not change"):
+        into(store, folder, name="gemma")
+
+
+def test_what_something_was_made_from_is_told_once(folder: Path, store: FolderStore) -> None:
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\npipeline_tag: text-generation\n---\n")
+    into(store, folder)
+    known = Artefact(kind="base", name="tiny", licence="apache-2.0", is_multimodal=False)
+    chain = models.mirrored(store)[0].chain
+    assert chain == (known,)
+    unknown = known.model_copy(update={"is_multimodal": None})
+    assert GATE.notice([unknown, *chain, unknown]).count("base: tiny") == 1
+    both = (known, known.model_copy(update={"is_multimodal": True}))
+    assert records.distinct([unknown, *both]) == both, "cards that contradict each other are both kept"
 
 
 @pytest.mark.parametrize("convert", [False, True])
