@@ -106,6 +106,8 @@ def _add(
         check(judgements, located.origin)
     for each in judgements:
         say(f"{each.use}: {each.level}, by {', '.join(each.licences) or 'nothing'}")
+    for note in dict.fromkeys(note for each in judgements for note in each.notes):
+        say(f"note: {note}")
     pinned = _pin(located, folder, wanted)
     origin = f"{located.origin}, converted from pickles" if wanted.convert else located.origin
     revision = models.mirror(model, folder, store, origin, made_from, pinned, say)

@@ -16,6 +16,7 @@ from cluster.catalogue.tokenizer import TokenizerFacts, read_tokenizer
 from cluster.catalogue.weights import INDEX, Tensor, read_header, read_index
 from cluster.errors import ModelError
 from cluster.licences.card import CARD, read_card
+from cluster.licences.evidence import contradictions
 from cluster.licences.facts import Facts
 
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -183,6 +184,10 @@ def _card(folder: Path, facts: Facts) -> tuple[str | None, tuple[str, ...], list
     except ModelError as error:
         return None, (), [Finding(Level.WARNING, part, str(error), give)]
     found = [] if itself.licence else [Finding(Level.WARNING, part, "its card names no licence", give)]
+    for file, shown in contradictions(folder, itself.name, (itself, *rest), facts) if itself.licence else ():
+        what = f"its {file} is of {shown.licence}" if shown.name == itself.name else f"its {file} names {shown.name}"
+        text = f"{what}, and its card says {itself.licence}: the terms of {shown.licence} are kept too"
+        found.append(Finding(Level.WARNING, part, text, "ask its publisher which licence holds"))
     return itself.licence, tuple(f"{each.kind} {each.name}" for each in rest), found
 
 
