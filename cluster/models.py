@@ -17,12 +17,12 @@ import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from cluster import env, hub, keys, made, records
-from cluster.catalogue import remote_code
+from cluster.catalogue import links, remote_code
 from cluster.config import Config
 from cluster.errors import ModelError, ObjectExists, ObjectNotFound
 from cluster.records import Artefact, ArtefactKind, BaseModelRef, FileRecord, ModelManifest
@@ -38,18 +38,24 @@ Code and pickled weights (`*.bin`, `*.pt`) never are: loading runs them.
 """
 
 
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+"""A size that a model states: a stranger's number, and products of these are reckoned and printed."""
+Count = Annotated[int, Field(ge=1, le=10_000)]
+"""Of layers or heads, which are walked one by one; the largest models have some hundred."""
+
+
 class Shape(Config):
     """The sizes that decide memory and work, under the names that `config.json` uses."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Size
     tie_word_embeddings: bool
-    max_position_embeddings: int
+    max_position_embeddings: Size
     model_type: str = Field("llama", description="the family: what lies between the matrices of a layer")
 
     @property
@@ -197,6 +203,7 @@ def mirror(
         revision: what it is kept under; None: the config's, or else the digest of its files.
         say: is told of each file what was done with it.
     """
+    links.refuse(folder)
     read_shape(folder)
     check_loadable(folder)
     paths = wanted_files(folder)
@@ -223,7 +230,7 @@ def mirror(
         licence=model.licence,
         files=files,
         created_at=records.now(),
-        artefacts=tuple(dict.fromkeys([*made_from, *(how.artefacts if how else ())])),
+        artefacts=records.distinct([*made_from, *(how.artefacts if how else ())]),
         made=how,
     )
     with suppress(ObjectExists):  # another job mirrored the same bytes meanwhile

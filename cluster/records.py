@@ -114,6 +114,16 @@ class Artefact(Record):
     is_multimodal: bool | None = None
 
 
+def distinct(artefacts: Iterable[Artefact]) -> tuple[Artefact, ...]:
+    """Each thing once, in order: one of which it is not known whether it is multimodal is the same as where it is."""
+    found: dict[Artefact, list[Artefact]] = {}
+    for artefact in artefacts:
+        known = found.setdefault(artefact.model_copy(update={"is_multimodal": None}), [])
+        if artefact.is_multimodal is not None and artefact not in known:
+            known.append(artefact)
+    return tuple(each for unknown, known in found.items() for each in known or [unknown])
+
+
 class LicenceRecord(Record):
     """How a run was judged before anything was spent: from what, by whose policy, for which uses.
 

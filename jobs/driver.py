@@ -24,7 +24,7 @@ from cluster.licences.gate import Gate
 from cluster.logs import say
 from cluster.models import Shape, read_shape
 from cluster.patient import PatientStore
-from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord, RunRecord
+from cluster.records import BaseModelRef, CheckpointRef, LicenceRecord, RunRecord, distinct
 from cluster.session import joined
 from cluster.store import Store, open_store
 from cluster.who import submitter
@@ -233,7 +233,7 @@ def judge(
     """
     more = models.artefacts(store, base) + (terms.of_parent(begun, gate) if begun else ())
     judged = terms.require(recipe, gate, more, folder)
-    return gate.record(tuple(dict.fromkeys([*terms.artefacts_of(recipe, gate, folder), *more])), judged)
+    return gate.record(distinct([*terms.artefacts_of(recipe, gate, folder), *more]), judged)
 
 
 def _check_model(folder: Path, recipe: Recipe) -> None:

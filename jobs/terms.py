@@ -14,7 +14,7 @@ from cluster.licences.card import origin
 from cluster.licences.chain import Judgement
 from cluster.licences.facts import OWN
 from cluster.licences.gate import Gate, is_own
-from cluster.records import Artefact, RunRecord
+from cluster.records import Artefact, RunRecord, distinct
 from jobs.config import DataConfig, DataLicence, Recipe
 
 _HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)")
@@ -26,7 +26,7 @@ def artefacts_of(recipe: Recipe, gate: Gate, folder: Path | None = None) -> tupl
     Args:
         folder: where the model is, once it is on this machine: its card says more.
     """
-    return tuple(dict.fromkeys([*gate.of_model(recipe.model, folder), *_data(recipe, gate)]))
+    return distinct([*gate.of_model(recipe.model, folder), *_data(recipe, gate)])
 
 
 def _data(recipe: Recipe, gate: Gate) -> Iterator[Artefact]:
@@ -72,7 +72,7 @@ def require(
 
     Raises LicenceRefused unless every use passes.
     """
-    artefacts = tuple(dict.fromkeys([*artefacts_of(recipe, gate, folder), *more]))
+    artefacts = distinct([*artefacts_of(recipe, gate, folder), *more])
     return gate.require(artefacts, recipe.model.name, published_name(recipe))
 
 

@@ -13,7 +13,7 @@ from cluster.licences import gate as licences
 from cluster.licences.chain import Judgement, begins_with, with_prefix
 from cluster.licences.gate import Gate
 from cluster.licences.verdict import Duty
-from cluster.records import AdapterRecord, Artefact
+from cluster.records import AdapterRecord, Artefact, distinct
 from serving.config import ServingConfig
 
 _MOST_REMEMBERED = 4096
@@ -44,7 +44,7 @@ class Permits:
 
     def with_base(self, more: tuple[Artefact, ...]) -> "Permits":
         """With what the store knows of the base."""
-        return replace(self, base=tuple(dict.fromkeys([*self.base, *more])), _judged={})
+        return replace(self, base=distinct([*self.base, *more]), _judged={})
 
     def check(self, record: AdapterRecord | None) -> None:
         """Raise LicenceRefused unless this adapter, or the base (None), may answer."""
@@ -77,5 +77,5 @@ class Permits:
             if len(self._judged) >= _MOST_REMEMBERED:
                 self._judged.clear()
             artefacts = [*self.base, *(record.chain if record else ())]
-            found = self._judged[key] = self.gate.judge(tuple(dict.fromkeys(artefacts)), "serve")
+            found = self._judged[key] = self.gate.judge(distinct(artefacts), "serve")
         return found

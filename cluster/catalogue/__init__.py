@@ -7,6 +7,7 @@ inspection  a folder explained: all findings, and whether it may be used
 definition  config.json: what the model is
 weights    safetensors by their headers alone
 tokenizer  the tokenizer, generation settings and chat template, and whether they agree
+links      links of a folder that lead out of it: refused
 remote_code  Python code that a model brings: never run
 convert    pickled weights into safetensors, a sandboxed process a file
 sandbox    that process: limits, no network, no files

@@ -7,7 +7,7 @@ is a model of the store before `model.json` is written, which is last.
 import fcntl
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from cluster.errors import ConfigError, Fault, LicenceRefused, ModelError
 from cluster.licences.chain import Judgement
 from cluster.licences.gate import Gate, check
 from cluster.models import ModelConfig, read_shape
+from cluster.records import Artefact, ModelManifest
 from cluster.store import Store
 
 
@@ -105,19 +106,38 @@ def _add(
         check(judgements, located.origin)
     for each in judgements:
         say(f"{each.use}: {each.level}, by {', '.join(each.licences) or 'nothing'}")
+    for note in dict.fromkeys(note for each in judgements for note in each.notes):
+        say(f"note: {note}")
     pinned = _pin(located, folder, wanted)
     origin = f"{located.origin}, converted from pickles" if wanted.convert else located.origin
     revision = models.mirror(model, folder, store, origin, made_from, pinned, say)
     kept = models.read_manifest(store, records.BaseModelRef(name=model.name, revision=revision, licence=model.licence))
-    if kept.licence != model.licence:
-        raise LicenceRefused(
-            f"{store.url} has {model.name} at {revision} already, under {kept.licence} and not {model.licence}; a "
-            "record does not change: add it under another --name"
-        )
+    _agrees(kept, model, made_from, store)
     text = _config(model, folder, revision, store, wanted.convert)
     _validate(text, config_out)
     say(f"{keys.model_manifest(model.name, revision)}: committed, {len(kept.files)} files")
     return Added(model.name, revision, model.licence, text, inspection, judgements)
+
+
+def _agrees(kept: ModelManifest, model: ModelConfig, judged: tuple[Artefact, ...], store: Store) -> None:
+    """Raises LicenceRefused where the store's record is of another judgement: what was said here would hold nowhere."""
+    now = _stated([*judged, *(kept.made.artefacts if kept.made else ())])
+    if kept.licence != model.licence:
+        differs = f"under {kept.licence} and not {model.licence}"
+    elif apart := now ^ _stated(kept.chain):
+        what = sorted(f"{each.kind} {each.name} ({each.licence or 'not stated'})" for each in apart)
+        differs = f"and only one of its record and this source names {', '.join(what)}"
+    else:
+        return
+    raise LicenceRefused(
+        f"{store.url} has {model.name} at {kept.revision} already, {differs}; a record does not change: add it under "
+        "another --name"
+    )
+
+
+def _stated(artefacts: Iterable[Artefact]) -> set[Artefact]:
+    """For comparing: an older record does not say of what reads text alone that it does."""
+    return {each if each.is_multimodal else each.model_copy(update={"is_multimodal": None}) for each in artefacts}
 
 
 def _pin(located: Located, folder: Path, wanted: Wanted) -> str | None:

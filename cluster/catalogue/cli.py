@@ -201,7 +201,8 @@ def _explain(found: "Inspection") -> None:
     print()
     for finding in found.findings:
         print(finding)
-    print("it can be added, trained and served" if found.is_usable else "it cannot be used as it is")
+    usable = f"it can be loaded; what its licences allow, says `luthier licences check {found.folder}`"
+    print(usable if found.is_usable else "it cannot be used as it is")
 
 
 def _advise(found: "Answer") -> None:

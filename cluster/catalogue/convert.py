@@ -9,6 +9,7 @@ pickled and no weights (training_args.bin, optimizer.pt) is left behind.
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.catalogue import links
 from cluster.catalogue.weights import read_header, read_index
 from cluster.errors import ModelError
 
@@ -60,6 +62,7 @@ def convert(folder: Path, target: Path, say: Callable[[str], None]) -> list[Conv
         target: an empty folder.
         say: is told what is being done.
     """
+    links.refuse(folder)
     weights = pickled_weights(folder)
     if not weights:
         raise ModelError(f"{folder} has no pytorch_model*.bin to convert; other names are not known to be weights")
@@ -80,7 +83,7 @@ def convert(folder: Path, target: Path, say: Callable[[str], None]) -> list[Conv
         (target / "model.safetensors.index.json").write_text(json.dumps(made, indent=2) + "\n")
     for path in folder.iterdir():
         if path.is_file() and path.suffix not in PICKLES and path.name != INDEX and not (target / path.name).exists():
-            (target / path.name).symlink_to(path.resolve())
+            shutil.copyfile(path, target / path.name)
     return done
 
 

@@ -87,12 +87,13 @@ def compare(definition: Definition, tensors: dict[str, Tensor]) -> Iterator[Find
     """Whether the weights are those of the definition: its layers, its vocabulary, its parameters."""
     shape = definition.shape
     layers = {int(match[1]) for name in tensors if (match := _LAYER.search(name))}
-    wanted = set(range(shape.num_hidden_layers))
-    if layers and (missing := sorted(wanted - layers)):
-        text = f"config.json has {len(wanted)} layers and no tensor is of layer {missing[0]}"
+    count = shape.num_hidden_layers
+    missing = next((layer for layer in range(count) if layer not in layers), None)
+    if layers and missing is not None:
+        text = f"config.json has {count} layers and no tensor is of layer {missing}"
         yield Finding(Level.FAULT, "weights", text, "fetch the weights again, all shards")
-    if more := sorted(layers - wanted):
-        text = f"there are tensors of layer {more[0]}, and config.json has {len(wanted)} layers"
+    if more := sorted(layer for layer in layers if layer >= count):
+        text = f"there are tensors of layer {more[0]}, and config.json has {count} layers"
         yield Finding(Level.WARNING, "weights", text, "see that config.json belongs to these weights")
     embeddings = [each for name, each in tensors.items() if name.endswith(_EMBEDDINGS)]
     if not embeddings:

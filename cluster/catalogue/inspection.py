@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.catalogue import remote_code
+from cluster.catalogue import links, remote_code
 from cluster.catalogue.convert import PICKLES, pickled_weights
 from cluster.catalogue.definition import Definition, compare, read_definition
 from cluster.catalogue.finding import Finding, Level
@@ -16,6 +16,7 @@ from cluster.catalogue.tokenizer import TokenizerFacts, read_tokenizer
 from cluster.catalogue.weights import INDEX, Tensor, read_header, read_index
 from cluster.errors import ModelError
 from cluster.licences.card import CARD, read_card
+from cluster.licences.evidence import contradictions
 from cluster.licences.facts import Facts
 
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -86,6 +87,8 @@ def inspect(folder: Path, facts: Facts) -> Inspection:
     """Look at a folder. Raises ModelError where there is none."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is no folder; give a model's folder, or its name in a --store")
+    if out := links.leading_out(folder):
+        return _unread(folder, out)
     definition, found = read_definition(folder)
     weights, tensors, more = _weights(folder, definition)
     found += more
@@ -105,6 +108,14 @@ def inspect(folder: Path, facts: Facts) -> Inspection:
         licence_files=tuple(sorted(path.name for each in _LICENCE_FILES for path in folder.glob(each))),
         findings=tuple(sorted(found, key=lambda each: list(Level).index(each.level))),
     )
+
+
+def _unread(folder: Path, out: tuple[str, ...]) -> Inspection:
+    """Of a folder that would lead us to other files: none of it is read."""
+    text = f"{', '.join(out)}: links out of the folder, so nothing of it was read"
+    fix = "put a copy there of what is part of the model, and remove the rest"
+    finding = Finding(Level.REFUSED, "links", text, fix)
+    return Inspection(str(folder), None, None, TokenizerFacts(kind="not read"), None, (), (), (finding,))
 
 
 def _weights(
@@ -173,6 +184,10 @@ def _card(folder: Path, facts: Facts) -> tuple[str | None, tuple[str, ...], list
     except ModelError as error:
         return None, (), [Finding(Level.WARNING, part, str(error), give)]
     found = [] if itself.licence else [Finding(Level.WARNING, part, "its card names no licence", give)]
+    for file, shown in contradictions(folder, itself.name, (itself, *rest), facts) if itself.licence else ():
+        what = f"its {file} is of {shown.licence}" if shown.name == itself.name else f"its {file} names {shown.name}"
+        text = f"{what}, and its card says {itself.licence}: the terms of {shown.licence} are kept too"
+        found.append(Finding(Level.WARNING, part, text, "ask its publisher which licence holds"))
     return itself.licence, tuple(f"{each.kind} {each.name}" for each in rest), found
 
 

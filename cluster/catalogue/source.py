@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import hub, keys, models
-from cluster.catalogue import weights
+from cluster.catalogue import links, weights
 from cluster.config import load
 from cluster.errors import ConfigError, Fault, ModelError
 from cluster.licences.card import CARD, read_card
@@ -88,6 +88,7 @@ def _of_folder(wanted: Wanted, facts: Facts) -> Located:
     folder = Path(wanted.source).expanduser().resolve()
     if not folder.is_dir():
         raise ModelError(f"{folder} is no folder; give a model's folder")
+    links.refuse(folder)
     if wanted.convert and wanted.revision:
         message = "a folder's is the digest of its files, and --convert makes others; leave it out"
         raise ConfigError([Fault("command line", "--revision", message)])

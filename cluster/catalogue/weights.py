@@ -17,6 +17,7 @@ ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
+_MAX_DIMENSIONS = 64  # torch's own limit
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
@@ -75,6 +76,9 @@ def read_header(path: Path) -> Header:
 
 def _is_sound(tensor: Tensor) -> bool:
     bits = ITEM_BITS.get(tensor.dtype)
+    # Before anything is multiplied: a header may hold text, or a million factors.
+    if len(tensor.shape) > _MAX_DIMENSIONS or any(type(size) is not int or size < 0 for size in tensor.shape):
+        return False
     return bits is not None and -(-tensor.elements * bits // 8) == tensor.nbytes
 
 

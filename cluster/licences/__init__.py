@@ -5,6 +5,7 @@ organisation  who we are and what was signed off, from configs/policy/organisati
 verdict       one licence, one use: allowed, with duties, needs review, refused; pure
 chain         all that a model was made from: the strictest, and what cannot be combined; pure
 card          what a card of the Hub says
+evidence      what a model's folder shows of its licence beside that
 gate          facts and policy read once: what every command passes
 notice        the NOTICE that goes with what is made, and licence files
 model_card    the model card that goes with it, in the Hub's format

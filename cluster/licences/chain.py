@@ -282,8 +282,13 @@ def _signed(
 
 
 def _tags(parts: Sequence[_Part]) -> Iterator[str]:
-    """Tags that promise more than what the thing was made from allows."""
+    """What is said of one thing twice, and tags that promise more than what the thing was made from allows."""
     by_name = {part.artefact.name: part for part in parts}
+    for one, other in combinations(parts, 2):
+        is_same = (one.artefact.kind, one.artefact.name) == (other.artefact.kind, other.artefact.name)
+        if is_same and one.terms != other.terms and one.artefact.licence and other.artefact.licence:
+            said = f"{one.artefact.licence} in one place and {other.artefact.licence} in another"
+            yield f"{one.artefact.name} says {said}: both are kept"
     for part in parts:
         made = by_name.get(part.artefact.of or "")
         if made is None or part.artefact.kind == "data" or is_uninformative(made.artefact.licence):

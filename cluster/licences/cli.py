@@ -64,7 +64,9 @@ def _artefacts(what: Path, overrides: list[str], gate: Any) -> tuple[Any, ...]:
             served = load(what, importlib.import_module("serving.config").ServingConfig, overrides)
             return tuple(gate.of_model(served.model))
         return tuple(gate.of_model(load(what, ModelConfig, overrides)))
-    return read_card(what, (what if what.is_dir() else what.parent).resolve().name, gate.facts)
+    if what.is_dir():
+        return tuple(gate.of_folder(what))
+    return read_card(what, what.parent.resolve().name, gate.facts)
 
 
 @app.command()

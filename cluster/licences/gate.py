@@ -17,10 +17,11 @@ from cluster.errors import LicenceRefused
 from cluster.licences import notice
 from cluster.licences.card import CARD, origin, read_card
 from cluster.licences.chain import Judgement, judge
+from cluster.licences.evidence import contradictions
 from cluster.licences.facts import OWN, Facts, load_facts
 from cluster.licences.organisation import Organisation, Use, load_organisation
 from cluster.models import ModelConfig
-from cluster.records import Artefact, LicenceRecord
+from cluster.records import Artefact, LicenceRecord, distinct
 
 
 class Gate(Config):
@@ -48,12 +49,30 @@ class Gate(Config):
         if how := made.read(where) if where and not model.is_hub else None:
             found += how.artefacts  # more than its card can say: licences of what is on no Hub
         if card := _card_of(model, folder):
-            itself, *rest = read_card(card, name, self.facts)
-            stated = {(each.kind, each.name) for each in found if each.licence is not None}
-            rest = [each for each in rest if each.licence is not None or (each.kind, each.name) not in stated]
+            itself, *rest = self._of_card(card, name, found)
             if itself.licence is not None or rest:
                 found += [itself, *rest]
-        return tuple(dict.fromkeys(found))
+        return self._with_evidence(where or (card.parent if card else None), name, found)
+
+    def of_folder(self, folder: Path) -> tuple[Artefact, ...]:
+        """A model's folder by itself: its card, what it says of how it was made, and what lies beside these.
+
+        Raises ModelError for one without a card.
+        """
+        name = folder.resolve().name
+        how = made.read(folder)
+        found = list(how.artefacts) if how else []
+        return self._with_evidence(folder, name, [*self._of_card(folder, name, found), *found])
+
+    def _of_card(self, card: Path, name: str, stated: Sequence[Artefact]) -> list[Artefact]:
+        """What a card says, without what it does not know the licence of and is stated already."""
+        itself, *rest = read_card(card, name, self.facts)
+        known = {(each.kind, each.name) for each in stated if each.licence is not None}
+        return [itself, *(each for each in rest if each.licence is not None or (each.kind, each.name) not in known)]
+
+    def _with_evidence(self, folder: Path | None, name: str, found: Sequence[Artefact]) -> tuple[Artefact, ...]:
+        more = contradictions(folder, name, found, self.facts) if folder else []
+        return distinct([*found, *(each for _, each in more)])
 
     def judge(self, artefacts: Sequence[Artefact], use: Use, name: str | None = None) -> Judgement:
         """The verdict on one use, today."""

@@ -103,7 +103,7 @@ def _licence(made: Made, facts: Facts) -> dict[str, Any]:
 
     Where one is not known or leaves a choice, the Hub has only `other`, with a name.
     """
-    own = (each for each in made.artefacts if each.kind in ("base", "data") and each.of is None)
+    own = (each for each in made.artefacts if each.kind == "base" or (each.kind == "data" and each.of is None))
     said = [tag for each in own for tag in _tags(each, facts)] or [made.base.licence]
     tags = list(dict.fromkeys(tag for tag in said if normal(tag) != OWN))
     whole = " AND ".join(f"({tag})" if " OR " in tag and len(tags) > 1 else tag for tag in tags)

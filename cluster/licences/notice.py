@@ -7,7 +7,7 @@ from pathlib import Path
 from cluster.errors import LicenceRefused
 from cluster.licences.chain import Judgement
 from cluster.licences.facts import normal, table_path
-from cluster.records import Artefact
+from cluster.records import Artefact, distinct
 
 NOTICE = "NOTICE"
 TEXTS = Path("configs") / "policy" / "texts"
@@ -23,7 +23,7 @@ def compose(artefacts: Sequence[Artefact], judged: Judgement) -> str:
         judged: for giving it away, whatever the use is: a file outlives the use that it was made for.
     """
     lines = ["It was made from:"]
-    for artefact in dict.fromkeys(artefacts):
+    for artefact in distinct(artefacts):
         of = f" (of {artefact.of})" if artefact.of else ""
         lines.append(f"  {artefact.kind}: {artefact.name}{of}, licence {artefact.licence or 'not stated'}")
     lines += ["", "Changed by fine-tuning. To be kept by whoever uses it or passes it on:"]

@@ -25,6 +25,7 @@ from cluster.errors import ConfigError, LicenceRefused, ModelError
 from cluster.folder import FolderStore
 from cluster.licences.gate import Gate
 from cluster.models import ModelConfig
+from cluster.records import Artefact
 from cluster.s3 import S3Store
 from jobs.model import load_model
 from tests.cluster.hub import COMMIT, hub
@@ -108,6 +109,64 @@ def test_a_record_does_not_change_its_licence(folder: Path, store: FolderStore) 
     into(store, folder)
     with pytest.raises(LicenceRefused, match=r"under apache-2\.0 and not mit"):
         into(store, folder, licence="mit")
+
+
+def test_a_record_does_not_change_what_it_was_made_from(folder: Path, store: FolderStore) -> None:
+    into(store, folder)
+    card = "---\nlicense: apache-2.0\n{}---\n"
+    (folder / "README.md").write_text(card.format("pipeline_tag: text-generation\n"))
+    into(store, folder)  # the same, but for what its card had not said
+    (folder / "README.md").write_text(card.format("base_model: google/gemma-3-1b-it\n"))
+    with pytest.raises(LicenceRefused, match=r"only one of its record and this source names base google/gemma-3-1b-it"):
+        into(store, folder)
+    into(store, folder, name="gemma")
+    (folder / "README.md").write_text(card.format(""))
+    with pytest.raises(LicenceRefused, match=r"names base google/gemma-3-1b-it \(gemma\); a record does not change"):
+        into(store, folder, name="gemma")
+
+
+def test_what_something_was_made_from_is_told_once(folder: Path, store: FolderStore) -> None:
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\npipeline_tag: text-generation\n---\n")
+    into(store, folder)
+    known = Artefact(kind="base", name="tiny", licence="apache-2.0", is_multimodal=False)
+    chain = models.mirrored(store)[0].chain
+    assert chain == (known,)
+    unknown = known.model_copy(update={"is_multimodal": None})
+    assert GATE.notice([unknown, *chain, unknown]).count("base: tiny") == 1
+    both = (known, known.model_copy(update={"is_multimodal": True}))
+    assert records.distinct([unknown, *both]) == both, "cards that contradict each other are both kept"
+
+
+@pytest.mark.parametrize("convert", [False, True])
+def test_what_a_link_leads_to_never_reaches_the_store(
+    folder: Path, store: FolderStore, tmp_path: Path, convert: bool
+) -> None:
+    (tmp_path / "credentials").write_text("secret")
+    (folder / "merges.txt").symlink_to(tmp_path / "credentials")
+    if convert:
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    refused = r"merges\.txt -> .*credentials is a link out of the folder"
+    with pytest.raises(ModelError, match=refused):
+        into(store, folder, convert=convert)
+    recipe = ModelConfig(name="tiny", source=str(folder), revision=None, licence="mit", shape=None)
+    with pytest.raises(ModelError, match=refused):  # a job that uses the folder mirrors it too
+        models.pin(recipe, store)
+    assert list(store.list("")) == []
+
+
+def test_a_hub_caches_own_links_are_followed(folder: Path, store: FolderStore, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (blobs := tmp_path / "models--me--tiny" / "blobs").mkdir()
+    for number, path in enumerate(folder.iterdir()):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert into(store, snapshot).inspection.is_usable
+    (blobs / "99").symlink_to("/etc/passwd")  # a cache that a stranger packed
+    (snapshot / "notes.txt").symlink_to("../../blobs/99")
+    with pytest.raises(ModelError, match=r"notes\.txt -> /etc/passwd is a link"):
+        into(store, snapshot)
 
 
 def test_pickles_are_refused_and_then_converted(folder: Path, store: FolderStore) -> None:

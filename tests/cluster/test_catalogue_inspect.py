@@ -130,6 +130,19 @@ def own_code(folder: Path) -> None:
     (folder / "modeling_mine.py").write_text("")
 
 
+def link_out(folder: Path) -> None:
+    secret = folder.parent / "credentials"
+    secret.write_text("aws_secret_access_key = x")
+    (folder / "LICENSE").unlink()
+    (folder / "LICENSE").symlink_to(secret)
+
+
+def text_as_size(folder: Path) -> None:
+    """Multiplied, it would be a gigabyte of letters."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": ["x", 2**30], "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+
+
 def write(file: str, text: str) -> Callable[[Path], None]:
     return lambda folder: (folder / file).write_text(text) and None
 
@@ -140,6 +153,14 @@ WRONG: dict[str, tuple[Callable[[Path], Any], Level, str, str]] = {
     "no object": (write("config.json", "[]"), Level.FAULT, "definition", "does not describe a decoder"),
     "nested without end": (write("config.json", "[" * 99999), Level.FAULT, "definition", "not valid JSON"),
     "sizes that are none": (edit("config.json", hidden_size="wide"), Level.FAULT, "definition", "that are none"),
+    "too many layers": (
+        edit("config.json", num_hidden_layers=10**9), Level.FAULT, "definition", "num_hidden_layers Input should",
+    ),
+    "a size without end": (
+        edit("config.json", vocab_size=10**4000), Level.FAULT, "definition", "vocab_size Input should be less",
+    ),
+    "a size below zero": (edit("config.json", hidden_size=-1), Level.FAULT, "definition", "hidden_size Input should"),
+    "a tensor's size that is text": (text_as_size, Level.FAULT, "weights", "that its shape and type do not give"),
     "a tokenizer that is none": (write("tokenizer.json", '{"model": []}'), Level.FAULT, "tokenizer", "is none of"),
     "not a language model": (
         edit("config.json", architectures=["ViTModel"]), Level.FAULT, "definition", "no causal language model",
@@ -214,6 +235,7 @@ WRONG: dict[str, tuple[Callable[[Path], Any], Level, str, str]] = {
         ),
         Level.REFUSED, "remote code", "the tokenizer ['t.T', None]",
     ),
+    "a link out": (link_out, Level.REFUSED, "links", "LICENSE -> "),
     "code that is not needed": (
         edit("config.json", auto_map={"AutoModelForCausalLM": "x.Y"}), Level.NOTE, "remote code", "never run",
     ),

@@ -11,6 +11,8 @@ from cluster.records import AdapterRef, Artefact, BaseModelRef, Made, RunRecord,
 
 LLAMA = Artefact(kind="base", name="meta-llama/Llama-3.1-8B-Instruct", licence="llama3.1")
 QWEN = Artefact(kind="base", name="Qwen/Qwen3-8B", licence="apache-2.0")
+TUNED = Artefact(kind="base", name="lab/tuned", licence="apache-2.0")
+LLAMA_OF_TUNED = LLAMA.model_copy(update={"of": TUNED.name})
 OWN = Artefact(kind="data", name="data/tickets.jsonl", licence="own")
 DOLLY = Artefact(kind="data", name="databricks/databricks-dolly-15k", licence="cc-by-sa-3.0")
 OURS = Artefact(kind="data", name="lab/rows", licence="cc-by-4.0")
@@ -63,6 +65,7 @@ def test_the_hubs_client_reads_what_it_says() -> None:
     merged = ModelCard(card(QWEN, OURS, kind="merged")).data
     assert (merged.library_name, merged.base_model_relation, merged.datasets) == ("transformers", "merge", ["lab/rows"])
     assert merged.license == ["apache-2.0", "cc-by-4.0"]
+    assert ModelCard(card(TUNED, LLAMA_OF_TUNED)).data.license == ["apache-2.0", "llama3.1"], "its base's base too"
 
 
 def test_it_says_what_it_was_trained_on_how_far_it_came_and_what_it_obliges_to() -> None:
