@@ -11,7 +11,7 @@ loopback addresses and networks. Where a number's digits don't tell, the words b
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-from jobs.data.hits import RANKS, Hit, Kind, fold, settle
+from jobs.data.hits import RANKS, Hit, Kind, Unescaped, fold, settle
 from jobs.data.identities import find_ids
 from jobs.data.numbers import REGIONS, find_cards, find_ibans, find_ips, find_phones, without_other_numbers
 from jobs.data.secrets import find_secrets
@@ -50,7 +50,8 @@ def find(
     Raises:
         ConfigError: names are asked for, and spaCy or its model for a language is not installed.
     """
-    plain = fold(text)
+    unescaped = Unescaped(text)
+    plain = fold(unescaped.text)
     spans: list[tuple[Kind, Span]] = []
     if "email" in kinds and "@" in plain:
         spans += (("email", span) for span in find_emails(plain))
@@ -70,10 +71,11 @@ def find(
     if "name" in kinds:
         from jobs.data.names import find_names  # spaCy takes seconds to import
 
-        spans += (("name", span) for span in find_names(text, languages))
+        spans += (("name", span) for span in find_names(unescaped.text, languages))
     if not spans:
         return []
-    return settle(text, [Hit(start, end, kind, text[start:end]) for kind, (start, end) in spans])
+    placed = [(kind, *unescaped.span(*span)) for kind, span in spans]
+    return settle(text, [Hit(start, end, kind, text[start:end]) for kind, start, end in placed])
 
 
 def find_emails(text: str) -> Iterator[Span]:

@@ -6,7 +6,7 @@ What is found is counted by kind. A value itself goes nowhere: not into a card, 
 from collections import Counter
 from typing import Literal
 
-from jobs.data import markers, personal
+from jobs.data import embedded, markers, personal
 from jobs.data.hits import Hit
 from jobs.data.numbers import REGIONS
 from jobs.data.replace import Replacer
@@ -39,12 +39,18 @@ class Sensitive:
         hits = personal.find(text, self._kinds, self._languages, self._regions)
         if not hits:
             return text, Counter()
+        kinds = Counter(hit.kind for hit in hits)
+        hits = [hit for hit in hits if hit.kind in self._replacers]
+        if hits and embedded.is_json(text):
+            return embedded.replaced(text, hits, self._stand_in), kinds
         parts, done = [], 0
         for hit in hits:
-            if replacer := self._replacers.get(hit.kind):
-                parts += [text[done : hit.start], replacer.stand_in(hit)]
-                done = hit.end
-        return "".join([*parts, text[done:]]), Counter(hit.kind for hit in hits)
+            parts += [text[done : hit.start], self._stand_in(hit)]
+            done = hit.end
+        return "".join([*parts, text[done:]]), kinds
+
+    def _stand_in(self, hit: Hit) -> str:
+        return self._replacers[hit.kind].stand_in(hit)
 
     def markers(self, text: str) -> dict[Literal["toxicity", "injection"], list[str]]:
         """The marked words of each list that are in the text."""

@@ -101,6 +101,26 @@ def test_personal_data_leaves_every_text_of_a_row_and_nothing_of_it_is_told(tmp_
     assert "mira" not in excerpt(f"ask {mail} " * 9)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"body": "Contact:\nfoo.bar@barland.com"}, {"body": "Contact:\n<EMAIL>"}),
+        ({"log": "a\n4111111111111111", "é": 1.50}, {"log": "a\n<CARD>", "é": 1.50}),
+        ({"body": "密码\njoé@x.org \\"}, {"body": "密码\n<EMAIL> \\"}),
+        ({"4111111111111111": [4111111111111111, "a@b.org"]}, {"<CARD>": ["<CARD>", "<EMAIL>"]}),
+        ({"a@b.org": 1, "c@d.org": 2}, {"<EMAIL>": 1, "<EMAIL> 2": 2}),
+        ({"inner": json.dumps({"to": "x\ncy@d.org"})}, {"inner": json.dumps({"to": "x\n<EMAIL>"})}),
+        ({"run": 'set "password=Abc12345"'}, {"run": 'set "password=<SECRET>"'}),
+    ],
+)
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_arguments_are_json_after_masking(given: object, expected: object, ascii_only: bool, tmp_path: Path) -> None:
+    rules = {"personal": Personal(do="mask"), "secrets": Secrets(do="mask")}
+    written, wanted = (json.dumps(value, ensure_ascii=ascii_only, indent=1) for value in (given, expected))
+    masked = examine({"text": written}, tmp_path, **rules).row
+    assert masked == {"text": wanted}
+
+
 def test_the_same_value_has_the_same_stand_in_in_every_row(tmp_path: Path) -> None:
     rules = {"personal": Personal(do="replace", seed=3)}
     rows = [examine(chat(f"{text} mira.novak@example.com"), tmp_path, **rules).row for text in ("Ask", "Tell")]

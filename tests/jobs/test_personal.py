@@ -66,6 +66,21 @@ def test_values_by_themselves(text: str, kind: str, value: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        (r'print("to:\nmax@x.de")', r'print("to:\n<EMAIL>")'),
+        (r"\u006a\u006f\u0065@x.de", "<EMAIL>"),
+        (r"a\\n4111111111111111\\r", r"a\\n<CARD>\\r"),
+        (r"\u7535\u8bdd13800138000", r"\u7535\u8bdd<PHONE>"),
+        ("joe&#64;x.org joe&#x40;x.org to=x%40y.org", "<EMAIL> <EMAIL> <EMAIL>"),
+        (r"see C:\new\table.txt", r"see C:\new\table.txt"),
+    ],
+)
+def test_a_hit_never_begins_or_ends_within_an_escape_sequence(text: str, masked: str) -> None:
+    assert Replacer("mask", 0).apply(text, find(text)) == masked
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "订单号：13800138000",
