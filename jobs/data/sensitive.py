@@ -4,6 +4,7 @@ What is found is counted by kind. A value itself goes nowhere: not into a card, 
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Literal
 
 from jobs.data import embedded, markers, personal
@@ -36,7 +37,7 @@ class Sensitive:
 
     def mask(self, text: str) -> tuple[str, Counter[str]]:
         """The text with what is to be masked or replaced, and how often each kind was found."""
-        hits = personal.find(text, self._kinds, self._languages, self._regions)
+        hits = self._find(text)
         if not hits:
             return text, Counter()
         kinds = Counter(hit.kind for hit in hits)
@@ -48,6 +49,28 @@ class Sensitive:
             parts += [text[done : hit.start], self._stand_in(hit)]
             done = hit.end
         return "".join([*parts, text[done:]]), kinds
+
+    def mask_number(self, number: int, key: str) -> tuple[int | str, Counter[str]]:
+        """As `mask`, of a number; the name of its field tells an order's from a telephone's."""
+        start = len(key) + 2
+        hits = [hit for hit in self._find(f"{key.replace('_', ' ')}: {number}") if hit.end > start]
+        masked: int | str = number
+        for hit in hits[:1]:
+            if hit.kind in self._replacers:
+                masked = self._stand_in(hit)
+        return masked, Counter(hit.kind for hit in hits)
+
+    def names(self, columns: Iterable[str]) -> Counter[str]:
+        """What is found in names of columns."""
+        return Counter(hit.kind for column in columns for hit in self._find(column))
+
+    def safe(self, told: str) -> str:
+        """What is to be told of a row, with everything personal masked: all kinds, and those of the rules."""
+        kinds = {*personal.KINDS, *self._kinds}
+        return _MASK.apply(told, personal.find(told, kinds, self._languages, self._regions))
+
+    def _find(self, text: str) -> list[Hit]:
+        return personal.find(text, self._kinds, self._languages, self._regions)
 
     def _stand_in(self, hit: Hit) -> str:
         return self._replacers[hit.kind].stand_in(hit)

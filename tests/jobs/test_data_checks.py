@@ -101,6 +101,38 @@ def test_personal_data_leaves_every_text_of_a_row_and_nothing_of_it_is_told(tmp_
     assert "mira" not in excerpt(f"ask {mail} " * 9)
 
 
+def test_keys_and_numbers_are_masked_and_a_columns_name_is_refused(tmp_path: Path) -> None:
+    card = 4111111111111111
+    row: Row = {
+        **chat("Sky?"),
+        "more": {"keyhole@keyleak.org": card, str(card): True, "order_id": 13800138000, "phone": 13800138000},
+        "from": "sender@keyleak.org",
+    }
+    masked = examine(row, tmp_path, personal=Personal(do="mask")).row
+    assert masked
+    assert masked["more"] == {"<EMAIL>": "<CARD>", "<CARD>": True, "order_id": 13800138000, "phone": "<PHONE>"}
+    assert masked["from"] == "<EMAIL>"
+    two = examine({"text": "a", "more": {"a@x.org": 1, "b@x.org": 2}}, tmp_path, personal=Personal(do="mask")).row
+    assert two == {"text": "a", "more": {"<EMAIL>": 1, "<EMAIL> 2": 2}}
+    named = examine({**row, "errkey9@planted.org": ""}, tmp_path, personal=Personal(do="mask"))
+    assert [(each.check, each.outcome, each.detail) for each in named.findings] == [("personal", "refused", "email")]
+
+
+@pytest.mark.parametrize("do", ["warn", "mask"])
+def test_no_reason_that_is_told_quotes_an_address(do: Literal["warn", "mask"], tmp_path: Path) -> None:
+    rows: list[Row] = [
+        {"messages": [{"role": "usr errleak2@planted.org", "content": "x"}]},
+        {"errkey9@planted.org": "x"},
+        {**chat("Sky?"), "owner": "o@planted.org", "synthetic": True, "synthetic_by": {"teacher": "me@planted.org"}},
+    ]
+    rules = {"personal": Personal(do=do), "format": "remove", "balance": Balance(by="owner")}
+    examined = [examine(row, tmp_path, **rules) for row in rows]
+    assert all(row.findings for row in examined)
+    part = Part(0, 0, [Place("a", number) for number in range(3)], list(rows), 0)
+    told = stage.report_of(part, examined).model_dump_json() + str([row.group for row in examined])
+    assert "planted.org" not in told
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
