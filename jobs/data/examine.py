@@ -71,12 +71,14 @@ class Finding:
 
 @dataclass
 class Examined:
-    """A row after all checks; `row` and `text` are empty where it was given up."""
+    """A row after all checks; `row` and `text` are empty where it was given up. `characters_before` are those of the
+    row as it was read."""
 
     row: Row | None = None
     why: int = KEPT
     digest: bytes = bytes(16)
     text: str = ""
+    characters_before: int = 0
     characters: int = 0
     tokens: int = 0
     language: str = ""
@@ -115,8 +117,10 @@ class Examiner:
         row = parse_line(raw) if isinstance(raw, bytes) else raw
         found = Examined()
         if isinstance(row, Unusable):
+            found.characters_before = len(raw.decode("utf-8", "replace")) if isinstance(raw, bytes) else 0
             found.note("format", self._rules.format, "no row", row.reason)
             return found
+        found.characters_before = characters_in(row)
         found.synthetic = row.get("synthetic") is True
         if found.synthetic and isinstance(made := row.get("synthetic_by"), dict):
             found.teacher = str(made.get("teacher", ""))
@@ -225,6 +229,20 @@ def text_of(example: Example) -> str:
     if isinstance(example, Conversation):
         return "\n".join(message.content for message in example.messages if message.content)
     return example.prompt + example.completion
+
+
+def characters_in(row: Row) -> int:
+    """How much is said in a row; where its format is not known, in all its columns."""
+    example = normalise(row)
+    return _all_characters(row) if isinstance(example, Unusable) else len(text_of(example))
+
+
+def _all_characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_all_characters, value.values()))
+    return sum(map(_all_characters, value)) if isinstance(value, list | tuple) else 0
 
 
 def digest_of(example: Example) -> bytes:

@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 
 from cluster.config import load
 from cluster.errors import ConfigError, DataError
+from cluster.folder import FolderStore
 from jobs.config import DataConfig, DataLicence, Recipe
-from jobs.data import augment, balance, prepared, stage, table, whole
+from jobs.data import augment, balance, prepare, prepared, stage, table, whole
+from jobs.data.card import Card, Found, statistics
 from jobs.data.cli import app
 from jobs.data.examine import CHECKS, Examined, Examiner
 from jobs.data.parts import Part, read_parts
@@ -118,6 +120,30 @@ def test_keys_and_numbers_are_masked_and_a_columns_name_is_refused(tmp_path: Pat
     assert [(each.check, each.outcome, each.detail) for each in named.findings] == [("personal", "refused", "email")]
 
 
+def test_what_was_before_is_counted_before_anything_is_put_right_or_refused(tmp_path: Path) -> None:
+    rows: list[Row | bytes] = [chat("Sky?   \n", "Blue."), {"text": "a@x.org"}, {"other": "12345"}, b"no json"]
+    examined = [examine(row, tmp_path, personal=Personal(do="remove")) for row in rows]
+    assert [row.characters_before for row in examined] == [len("Sky?   \n\nBlue."), 7, 5, 7]
+    assert [row.characters for row in examined] == [len("Sky?\nBlue."), 0, 0, 0]
+    rows_read = table_of(examined)
+    before = statistics(rows_read, np.ones(4, np.uint16), has_tokens=True, as_read=True)
+    assert before.characters
+    assert (before.characters.total, before.tokens) == (33, None)
+
+
+def test_the_places_that_a_refusal_names_and_the_others_are_all_of_them(tmp_path: Path) -> None:
+    part = Part(0, 0, [Place("a", number) for number in range(300)], [b"{"] * 300, 0)
+    report = stage.report_of(part, examined := [examine(b"{", tmp_path)] * 300)
+    found = Found(counts=report.counts["format"], details={}, examples=report.examples["format"])
+    counted = statistics(table_of(examined), np.ones(300, np.uint16), has_tokens=False, as_read=True)
+    card = Card.model_construct(found={"format": found}, before=counted, after=counted)
+    with pytest.raises(DataError) as refused:
+        prepare.refuse(card, FolderStore(tmp_path / "store"))
+    named = str(refused.value).count("a:")
+    assert "300 of 300 rows are refused" in str(refused.value)
+    assert f"and {300 - named} more" in str(refused.value)
+
+
 @pytest.mark.parametrize("do", ["warn", "mask"])
 def test_no_reason_that_is_told_quotes_an_address(do: Literal["warn", "mask"], tmp_path: Path) -> None:
     rows: list[Row] = [
@@ -213,6 +239,15 @@ def rows_of(digests: Sequence[int], evaluation: int, sources: Sequence[str] = ("
         return report, pa.table({"number": list(range(1, len(rows) + 1)), **columns}, stage.SCHEMA)
 
     return table.gather(iter([part(0, digests[:evaluation]), part(1, digests[evaluation:])]), described)
+
+
+def table_of(rows: list[Examined]) -> table.Table:
+    columns = {name: [getattr(row, name) for row in rows] for name in stage.SCHEMA.names[1:]}
+    report = stage.PartReport(source=0, unit="line", rows=len(rows), counts={}, details={}, examples={})
+    source = Source(name="a", split="rows", size=0, sha256="")
+    return table.gather(
+        iter([(report, pa.table({"number": list(range(1, len(rows) + 1)), **columns}, stage.SCHEMA))]), [source]
+    )
 
 
 @given(st.lists(st.integers(0, 5), max_size=30), st.integers(0, 30))
