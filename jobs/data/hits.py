@@ -1,12 +1,12 @@
-"""What a check has found in a text: a span, its kind, its value; and the text made plain for searching.
+r"""What a check has found in a text: a span, its kind, its value; and the text made plain for searching.
 
 `fold` keeps every offset: full-width digits and letters (１３８…, ＠), the dashes and the spaces of typesetting become
 their ASCII ones, one character for one, so that what is found in the folded text stands at the same place in the
 original.
 
-`Unescaped` puts one character where code, JSON and web pages write several (`\\n`, `\\u006a`, `&#64;`, `%40`), and knows
+`Unescaped` puts one character where code, JSON and web pages write several (`\n`, `\u006a`, `&#64;`, `%40`), and knows
 where each came from: a hit then begins and ends beside an escape sequence, never within one. It reads every text so,
-whether it is code or not: of a path C:\\new a letter is not seen, and nothing else comes of it.
+whether it is code or not: of a path C:\new a letter is not seen, and nothing else comes of it.
 """
 
 import re
@@ -51,7 +51,7 @@ _LETTERS = {"n": "\n", "r": "\r", "t": "\t", "b": " ", "f": " "}
 
 
 class Unescaped:
-    """A text with one character for each escape sequence, however many backslashes it has: JSON within JSON doubles them.
+    """A text with one character for each escape sequence, however many backslashes: JSON within JSON doubles them.
 
     `span` gives back where characters of `text` stand in the original."""
 
