@@ -169,9 +169,13 @@ def evaluation(name: str, version: int, number: int) -> str:
     return f"{evaluations_prefix(name, version)}{number:08d}.json"
 
 
+def suites_prefix() -> str:
+    return "suites/"
+
+
 def suite_file(sha256: str, suffix: str) -> str:
     """A file of prompts that versions are evaluated by, under what it holds; `suffix` says how to read it."""
-    return f"suites/{sha256}{suffix}"
+    return f"{suites_prefix()}{sha256}{suffix}"
 
 
 def aliases_prefix(name: str) -> str:

@@ -26,6 +26,7 @@ numbers     telephone numbers, cards, IBAN, IP addresses
 identities  national identity numbers
 secrets     keys, tokens, passwords
 names       names of people, where spaCy is installed
+embedded    a text that is JSON, masked so that it stays JSON
 replace     marks or surrogates where personal data stood
 markers     words of hate, and phrases that command a model
 near        near duplicates: MinHash, bands, groups

@@ -81,16 +81,20 @@ class Card(Record):
         return sum(found.counts.get("removed", 0) for found in self.found.values())
 
 
-def statistics(table: Table, take: npt.NDArray[np.integer[Any]], has_tokens: bool) -> Statistics:
+def statistics(table: Table, take: npt.NDArray[np.integer[Any]], has_tokens: bool, as_read: bool = False) -> Statistics:
     """Of a table's rows, each as often as `take` says.
 
     Args:
         take: [rows].
+        as_read: characters are those before anything was put right. Tokens there are not: no row is rendered twice,
+            and one that was given up has none.
     """
+    characters = table.characters_before if as_read else table.characters
+    has_tokens = has_tokens and bool(table.tokens[take > 0].any())
     rows = int(take.sum())
     return Statistics(
         rows=rows,
-        characters=_spread(table.characters, take) if rows else None,
+        characters=_spread(characters, take) if rows else None,
         tokens=_spread(table.tokens, take) if rows and has_tokens else None,
         languages=_counts(table.language, table.languages, take),
         sources=_counts(table.source, [source.name for source in table.sources], take),

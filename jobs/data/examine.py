@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -71,12 +71,14 @@ class Finding:
 
 @dataclass
 class Examined:
-    """A row after all checks; `row` and `text` are empty where it was given up."""
+    """A row after all checks; `row` and `text` are empty where it was given up. `characters_before` are those of the
+    row as it was read."""
 
     row: Row | None = None
     why: int = KEPT
     digest: bytes = bytes(16)
     text: str = ""
+    characters_before: int = 0
     characters: int = 0
     tokens: int = 0
     language: str = ""
@@ -104,12 +106,21 @@ class Examiner:
         self._language = _identifier() if request.rules.language.do != "off" else None
 
     def examine(self, raw: Row | Unusable | bytes) -> Examined:
-        """One row, as it was read."""
+        """One row, as it was read. What is told of it is masked: a reason may quote the row."""
+        found = self._examined(raw)
+        safe = self._sensitive.safe if self._sensitive.is_on else str
+        found.findings = [replace(it, detail=safe(it.detail)[:120], note=safe(it.note)) for it in found.findings]
+        found.group, found.teacher = safe(found.group)[:80], safe(found.teacher)
+        return found
+
+    def _examined(self, raw: Row | Unusable | bytes) -> Examined:
         row = parse_line(raw) if isinstance(raw, bytes) else raw
         found = Examined()
         if isinstance(row, Unusable):
+            found.characters_before = len(raw.decode("utf-8", "replace")) if isinstance(raw, bytes) else 0
             found.note("format", self._rules.format, "no row", row.reason)
             return found
+        found.characters_before = characters_in(row)
         found.synthetic = row.get("synthetic") is True
         if found.synthetic and isinstance(made := row.get("synthetic_by"), dict):
             found.teacher = str(made.get("teacher", ""))
@@ -117,7 +128,7 @@ class Examiner:
         if not self._is_discreet(found):
             return found
         if self._rules.balance.by != SOURCE:
-            found.group = str(found.row.get(self._rules.balance.by, ""))[:80]
+            found.group = str(found.row.get(self._rules.balance.by, ""))
         example = normalise(found.row)
         if isinstance(example, Unusable):
             found.note("format", self._rules.format, "no known format", example.reason)
@@ -151,18 +162,26 @@ class Examiner:
         kinds: Counter[str] = Counter()
         first: dict[str, tuple[str, str]] = {}
 
-        def mask(text: str, _: str) -> str:
-            better, hits = self._sensitive.mask(text)
+        def mask(value: Any, key: str) -> Any:
+            better, hits = (
+                self._sensitive.mask(value) if isinstance(value, str) else self._sensitive.mask_number(value, key)
+            )
             kinds.update(hits)
             for kind in hits:
-                first.setdefault(kind, (text, better))
+                first.setdefault(kind, (str(value), str(better)))
             return better
 
         assert found.row is not None
-        masked = {key: _mapped(value, mask, key) for key, value in found.row.items()}
-        found.row = masked
-        for kind, count in kinds.items():
+        for kind, count in self._sensitive.names(found.row).items():
             check: Check = "secrets" if kind == "secret" else "personal"
+            do = getattr(self._rules, check).do
+            # One row's column cannot have another name than all others'.
+            do = "refuse" if do in ("mask", "replace") else do
+            if not found.note(check, do, kind, f"{kind} in the names of {count} columns: rename them"):
+                return False
+        found.row = {key: _masked(value, mask, key) for key, value in found.row.items()}
+        for kind, count in kinds.items():
+            check = "secrets" if kind == "secret" else "personal"
             times = f" {count} times" if count > 1 else ""
             if not found.note(check, getattr(self._rules, check).do, kind, f"{kind}{times}", first[kind]):
                 return False
@@ -212,6 +231,20 @@ def text_of(example: Example) -> str:
     return example.prompt + example.completion
 
 
+def characters_in(row: Row) -> int:
+    """How much is said in a row; where its format is not known, in all its columns."""
+    example = normalise(row)
+    return _all_characters(row) if isinstance(example, Unusable) else len(text_of(example))
+
+
+def _all_characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_all_characters, value.values()))
+    return sum(map(_all_characters, value)) if isinstance(value, list | tuple) else 0
+
+
 def digest_of(example: Example) -> bytes:
     """Sixteen bytes that two rows share when they say the same, whatever their format and white space."""
     said: list[object]
@@ -256,9 +289,28 @@ def _mapped(value: Any, change: Callable[[str, str], str], key: str) -> Any:
     return value
 
 
+def _masked(value: Any, mask: Callable[[Any, str], Any], key: str) -> Any:
+    """A nest of lists and dictionaries with every text, key and whole number in it masked."""
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        return mask(value, key)
+    if isinstance(value, dict):
+        masked: dict[Any, Any] = {}
+        for name, item in value.items():
+            better = base = mask(name, key) if isinstance(name, str) else name
+            count = 1
+            while better in masked or (better != name and better in value):  # two keys must not become one
+                count += 1
+                better = f"{base} {count}"
+            masked[better] = _masked(item, mask, str(name))
+        return masked
+    if isinstance(value, list | tuple):
+        return [_masked(item, mask, key) for item in value]
+    return value
+
+
 def _plain(reason: str) -> str:
     """A reason without what differs from row to row, to count by."""
-    return " ".join("N" if any(map(str.isdigit, word)) else word for word in reason.split())[:120]
+    return " ".join("N" if "@" not in word and any(map(str.isdigit, word)) else word for word in reason.split())
 
 
 def _renderer(template: Template) -> Renderer:

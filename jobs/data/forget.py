@@ -16,7 +16,7 @@ from cluster.models import mirrored
 from cluster.records import AdapterRecord, BaseModelRef, CheckpointRef, ModelManifest, RunRecord
 from cluster.store import Store
 from jobs import runs
-from jobs.data.search import Match, Wanted, in_prepared, in_tokenised
+from jobs.data.search import Match, Wanted, in_evaluation, in_prepared, in_source, in_tokenised
 from jobs.references import adapters as all_adapters
 
 
@@ -31,6 +31,7 @@ class Affected:
     models: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    unread: dict[str, str] = field(default_factory=dict)
     to_do: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -42,6 +43,7 @@ class Affected:
             "models": [{"model": name, "because": why} for name, why in self.models.items()],
             "aliases": self.aliases,
             "sources": list(self.sources),
+            "unread": self.unread,
             "to_do": list(self.to_do),
             "unsearched": self.unsearched,
         }
@@ -61,8 +63,12 @@ def forget(store: Store, texts: Sequence[str]) -> Affected:
         found.matches += [replace(match, is_trained_on=digest in known.learned)] if match else []
     for digest in _digests(store, keys.prepared_sets_prefix()):
         found.matches += in_prepared(store, digest, wanted)
+    try:
+        found.matches += in_evaluation(store, wanted)
+    except (LuthierError, ValueError) as error:
+        found.unsearched["evaluations"] = str(error)
     _follow(known, found)
-    _advise(store, known, found)
+    _advise(store, known, found, wanted)
     return found
 
 
@@ -159,7 +165,7 @@ def _why_model(found: Affected, model: ModelManifest, sets: dict[str, str]) -> s
     return _why(found, data, sets, None, made.base)
 
 
-def _advise(store: Store, known: Known, found: Affected) -> None:
+def _advise(store: Store, known: Known, found: Affected, wanted: Wanted) -> None:
     """Aliases that are on affected versions now, and what to do, in order."""
     to_do = []
     for name in dict.fromkeys(reference.partition("@")[0] for reference in found.adapters):
@@ -175,26 +181,44 @@ def _advise(store: Store, known: Known, found: Affected) -> None:
             found.aliases[f"{name}@{alias}"] = f"{name}@{version}"
             move = f"--version {max(clean)}" if clean else "--remove"
             to_do.append(f"stop serving it: luthier cluster alias {name}@{alias} {move} --store {store.url}")
-    files = {
-        each.name
-        for run_id, why in found.runs.items()
-        if why.startswith("trained on")
-        for each in known.runs[run_id].sources
-    }
-    found.sources = tuple(sorted(files))
+    _find_sources(store, known, found, wanted)
     if found.runs or found.adapters:
         named = ", ".join(found.sources) or "the files that the runs name"
         to_do.append(f"take the rows out of {named}, and train again; what began from an affected run, from its base")
-    held = [
-        keys.dataset_prefix(each.digest) if each.kind == "tokenised" else keys.prepared_prefix(each.digest)
-        for each in found.matches
-    ]
+    for name, why in found.unread.items():
+        to_do.append(f"look into {name} yourself: {why}")
+    prefixes = {"tokenised": keys.dataset_prefix, "prepared": keys.prepared_prefix}
+    held = [prefixes.get(each.kind, str)(each.digest) for each in found.matches]
     held += [keys.checkpoints_prefix(run_id) for run_id in found.runs]
     held += [keys.adapter_version_prefix(*_split(name)) for name in found.adapters]
     held += [keys.model_prefix(*name.split("@", 1)) for name in found.models]
     if held:
         to_do.append(f"then remove from {store.url}: {' '.join(dict.fromkeys(held))}")
     found.to_do = tuple(to_do)
+
+
+def _find_sources(store: Store, known: Known, found: Affected, wanted: Wanted) -> None:
+    """The files that have it, of those that affected runs were trained on or that versions are evaluated by; the others
+    are only named where nothing can be said of them."""
+    suites = {each.digest for each in found.matches if each.kind == "suite"}
+    holding = {
+        file.source
+        for adapter in known.adapters.values()
+        for file in (adapter.gate.files if adapter.gate else ())
+        if file.key in suites
+    }
+    for run_id, why in found.runs.items():
+        if not why.startswith("trained on"):
+            continue
+        run = known.runs[run_id]
+        looked = {each.name: in_source(store, each.name, each.sha256, wanted) for each in run.sources}
+        having = {name for name, places in looked.items() if places and not isinstance(places, str)}
+        unread = {name: places for name, places in looked.items() if isinstance(places, str)}
+        if not having and not unread:  # a text over two turns of a row, say, as the template joins them
+            unread = dict.fromkeys(looked, f"{run_id} was trained on it, and no row of its files has it as one text")
+        holding |= having
+        found.unread |= unread
+    found.sources = tuple(sorted(holding))
 
 
 def _split(reference: str) -> tuple[str, int]:

@@ -26,8 +26,9 @@ class Identity:
 
 IDENTITIES = (
     Identity("CN", r"\d{17}[\dXx]", "cn.ric"),
+    Identity("CN", r"\d{6}[ -](?:\d{8}|\d{4}[ -]\d{4}|\d{4}[ -]\d{2}[ -]\d{2})[ -]\d{3}[\dXx]", "cn.ric"),
     Identity("US", r"\d{3}-\d{2}-\d{4}", "us.ssn"),
-    Identity("US", r"\d{3} ?\d{2} ?\d{4}", "us.ssn", r"ssn|social security"),
+    Identity("US", r"\d{3}[ .]?\d{2}[ .]?\d{4}", "us.ssn", r"ssn|social security|社会安全"),
     Identity("US", r"(?!000|666)\d{3}-\d{2}-\d{4}", "", r"ssn|social security|\bitin"),
     Identity("BE", r"\d{2}\.\d{2}\.\d{2}-\d{3}\.\d{2}", "be.nn"),
     Identity("BR", r"\d{3}\.\d{3}\.\d{3}-\d{2}", "br.cpf"),
@@ -100,7 +101,8 @@ def _checkers(with_announced: bool) -> list[tuple[re.Pattern[str], Any]]:
 def _checker(module: str) -> Any:
     if not module:
         return _Shape
-    return _Resident if module == "cn.ric" else import_module(f"stdnum.{module}")
+    own = {"cn.ric": _Resident, "us.ssn": _Social}
+    return own.get(module) or import_module(f"stdnum.{module}")
 
 
 class _Shape:
@@ -109,6 +111,16 @@ class _Shape:
     @staticmethod
     def is_valid(number: str) -> bool:
         return bool(number)
+
+
+class _Social:
+    """stdnum's checks, which know hyphens only."""
+
+    @staticmethod
+    def is_valid(number: str) -> bool:
+        from stdnum.us import ssn
+
+        return bool(ssn.is_valid(re.sub("[ .-]", "", number)))
 
 
 class _Resident:
@@ -121,6 +133,7 @@ class _Resident:
         from stdnum.cn import ric
         from stdnum.exceptions import ValidationError
 
+        number = re.sub("[ -]", "", number)
         try:
             born = ric.get_birth_date(number).year
         except ValidationError:

@@ -38,7 +38,7 @@ _PHONE_WORD = re.compile(
 
 _CARD = re.compile(
     r"(?<![0-9A-Za-z.\-/+])"
-    r"(?:\d{4}([ -]?)\d{4}\1\d{4}\1\d{1,4}(?:\1\d{1,3})?|\d{4}([ -]?)\d{6}\2\d{4,5}|\d{13,19})"
+    r"(?:\d{4}([ .-]?)\d{4}\1\d{4}\1\d{1,4}(?:\1\d{1,3})?|\d{4}([ .-]?)\d{6}\2\d{4,5}|\d{13,19})"
     r"(?![0-9A-Za-z])"
 )
 # First digits of the issuers' numbers, with their lengths: ISO/IEC 7812 and the networks' own tables.
@@ -53,7 +53,7 @@ _ISSUERS = (
     (re.compile(r"50|5[6-9]|6[37]"), {13, 15, 16, 19}),
 )
 _IBAN_SHORTEST = 15
-_IBAN = re.compile(r"(?<![0-9A-Za-z])[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}")
+_IBAN = re.compile(r"(?<![0-9A-Za-z])[A-Za-z]{2}\d{2}(?: ?[A-Za-z0-9]){11,30}")
 _IPV4 = re.compile(r"(?<![0-9A-Za-z.\-])\d{1,3}(?:\.\d{1,3}){3}(?![0-9A-Za-z]|\.\d|-\w)")
 _IPV6 = re.compile(
     r"(?<![0-9A-Za-z.])(?<![0-9A-Fa-f:]:)(?:[0-9A-Fa-f]{1,4}:|:){2,7}(?:[0-9A-Fa-f]{1,4}|:)(?![0-9A-Za-z]|:[0-9A-Fa-f:])"

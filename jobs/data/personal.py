@@ -11,7 +11,7 @@ loopback addresses and networks. Where a number's digits don't tell, the words b
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-from jobs.data.hits import RANKS, Hit, Kind, fold, settle
+from jobs.data.hits import RANKS, Hit, Kind, Unescaped, fold, settle
 from jobs.data.identities import find_ids
 from jobs.data.numbers import REGIONS, find_cards, find_ibans, find_ips, find_phones, without_other_numbers
 from jobs.data.secrets import find_secrets
@@ -32,6 +32,12 @@ _FILES = frozenset({"png", "jpg", "jpeg", "gif", "svg", "webp", "ico", "css", "j
 _LOCAL = re.compile(r"[A-Za-z0-9À-ÖØ-öø-ɏ.!#$%&'*+/=?^_`{|}~-]{1,64}\Z")
 _LOGIN = re.compile(r"://[^\s/@]*:[^\s/@]*\Z")
 _DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}(?:xn--[a-z0-9-]{2,59}|[A-Za-z]{2,24})")
+# Of other letters too, where a top-level domain of the same script ends them: Chinese goes on without a space.
+_FOREIGN = re.compile(
+    r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}"
+    r"(?:xn--[a-z0-9-]{2,59}|[A-Za-z]{2,24}|[\u0370-\u1cff]{2,24}|"
+    r"中国|中國|公司|网络|網絡|在线|中文网|网址|网站|商城|集团|我爱你|香港|台湾|台灣|新加坡|移动|政务|公益|みんな|한국)"
+)
 
 
 def find(
@@ -50,7 +56,8 @@ def find(
     Raises:
         ConfigError: names are asked for, and spaCy or its model for a language is not installed.
     """
-    plain = fold(text)
+    unescaped = Unescaped(text)
+    plain = fold(unescaped.text)
     spans: list[tuple[Kind, Span]] = []
     if "email" in kinds and "@" in plain:
         spans += (("email", span) for span in find_emails(plain))
@@ -70,10 +77,11 @@ def find(
     if "name" in kinds:
         from jobs.data.names import find_names  # spaCy takes seconds to import
 
-        spans += (("name", span) for span in find_names(text, languages))
+        spans += (("name", span) for span in find_names(unescaped.text, languages))
     if not spans:
         return []
-    return settle(text, [Hit(start, end, kind, text[start:end]) for kind, (start, end) in spans])
+    placed = [(kind, *unescaped.span(*span)) for kind, span in spans]
+    return settle(text, [Hit(start, end, kind, text[start:end]) for kind, start, end in placed])
 
 
 def find_emails(text: str) -> Iterator[Span]:
@@ -81,7 +89,7 @@ def find_emails(text: str) -> Iterator[Span]:
     at = text.find("@")
     while at >= 0:
         local = _LOCAL.search(text, max(0, at - 64), at)
-        domain = _DOMAIN.match(text, at + 1)
+        domain = _DOMAIN.match(text, at + 1) or (None if text.isascii() else _FOREIGN.match(text, at + 1))
         if local and domain:
             start = local.end() - len(local[0].lstrip(".!#$%&'*/=?^`{|}~-"))
             last = domain[0].rpartition(".")[2].lower()

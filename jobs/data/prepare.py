@@ -75,7 +75,7 @@ def prepare(request: Request, paths: Sequence[Path], store: Store, tell: Tell = 
         return card
     began = time.monotonic()
     card, table, take = _examined(request, paths, store, tell)
-    _refuse(card, store)
+    refuse(card, store)
     written = _write(request, table, take, store)
     files = {split: tuple(file for file in written if file.file.startswith(split)) for split in ("rows", "evaluation")}
     card = card.model_copy(
@@ -114,7 +114,7 @@ def _examined(request: Request, paths: Sequence[Path], store: Store, tell: Tell)
         sources=request.sources,
         model=request.template.model if request.template else None,
         sequence_length=request.template.sequence_length if request.template else None,
-        before=statistics(table, before, has_tokens),
+        before=statistics(table, before, has_tokens, as_read=True),
         after=statistics(table, np.where(table.is_evaluation, 0, take), has_tokens),
         evaluation=statistics(table, np.where(table.is_evaluation, take, 0), has_tokens)
         if table.is_evaluation.any()
@@ -238,7 +238,7 @@ def _warnings(table: Table, request: Request, take: Take) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _refuse(card: Card, store: Store) -> None:
+def refuse(card: Card, store: Store) -> None:
     """Raise DataError where a rule refuses a row, or nothing is left."""
     refused = [
         f"\n  {example.place}: {check_}: {example}"
@@ -246,7 +246,9 @@ def _refuse(card: Card, store: Store) -> None:
         for example in found.examples.get("refused", ())
     ]
     if refused:
-        more = f"\n  and {card.refused - NAMED:,} more" if card.refused > NAMED else ""
+        # A check keeps fewer examples than it counts.
+        left = card.refused - len(refused[:NAMED])
+        more = f"\n  and {left:,} more" if left else ""
         raise DataError(
             f"{card.refused:,} of {card.before.rows:,} rows are refused by data.rules; mend them, or write warn or "
             f"remove there instead of refuse:{''.join(refused[:NAMED])}{more}"

@@ -22,7 +22,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from jobs.data.hits import Hit, fold
+from jobs.data.hits import Hit, Unescaped, fold
 from jobs.data.identities import is_identity
 from jobs.data.numbers import REGIONS
 
@@ -65,7 +65,7 @@ class Replacer:
         """What stands in a hit's place; never the value itself."""
         if self._mode == "mask":
             return f"<{hit.kind.upper()}>"
-        plain = fold(hit.value)
+        plain = fold(Unescaped(hit.value).text)
         make = _SURROGATES.get(hit.kind, _secret)
         for attempt in range(_ATTEMPTS):
             made = make(plain, _Draw(self._key, hit.kind, _canonical(hit.kind, plain), attempt))

@@ -17,7 +17,7 @@ from jobs.config import DataConfig, DataLicence
 from jobs.data.markers import Words, load_words
 from jobs.data.rules import Rules
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the same request would have another answer: what was prepared before is then left alone."""
 
 Split = Literal["evaluation", "rows"]

@@ -1,4 +1,5 @@
-"""Where a text is in the data that a store has: in tokenised datasets, decoded, and in the rows of prepared sets.
+"""Where a text is in the data that a store has: in tokenised datasets, decoded, in the rows of prepared sets, in the
+prompts that versions are evaluated by and what was reported of that; and in files of data that are at hand.
 
 Compared are texts without regard to case, to the kind and amount of white space, and to how Unicode writes the same
 letter; also as JSON writes it, since templates put tool calls so.
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from cluster import keys, records
-from cluster.errors import ModelError, ObjectNotFound
+from cluster.errors import DataError, ModelError, ObjectNotFound
 from cluster.records import BaseModelRef, DatasetManifest
 from cluster.store import Store
+from jobs.rows import locate, read_rows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -36,8 +38,8 @@ class Match:
     """A set of data that has the text.
 
     Attributes:
-        kind: `tokenised`, or `prepared`.
-        digest: the set's.
+        kind: `tokenised`, `prepared`, `suite` or `evaluation`.
+        digest: the set's; the key of a suite or of a report.
         rows: how many samples, or rows of files, have it.
         places: the first few of them.
         is_trained_on: whether a run on this set learns from it; a row that was taken out is only kept.
@@ -137,6 +139,54 @@ def in_prepared(store: Store, digest: str, wanted: Wanted) -> Iterator[Match]:
     for places, is_trained_on in ((stayed, True), (kept, False)):
         if places:
             yield Match("prepared", digest, len(places), tuple(places[:_SHOWN]), is_trained_on)
+
+
+def in_evaluation(store: Store, wanted: Wanted) -> Iterator[Match]:
+    """Files of prompts, and reports, which quote them. Nobody learns from either.
+
+    Raises DataError for prompts that cannot be read."""
+    for item in list(store.list(keys.suites_prefix())):
+        name = item.key.removeprefix(keys.suites_prefix())
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            store.download(item.key, path)
+            places = _in_file(path, name, wanted)
+        if places:
+            yield Match("suite", item.key, len(places), tuple(places[:_SHOWN]), is_trained_on=False)
+    for item in list(store.list(keys.adapters_prefix())):
+        if "/evaluations/" not in item.key or not item.key.endswith(".json"):
+            continue
+        if any(wanted.is_in(text) for _, text in _lines(store, item.key)):
+            yield Match("evaluation", item.key, 1, (item.key.rpartition("/")[2],), is_trained_on=False)
+
+
+def in_source(store: Store, name: str, sha256: str, wanted: Wanted) -> list[str] | str:
+    """The places of a run's data file that have it; or why that cannot be said. Nothing is fetched from elsewhere.
+
+    Args:
+        name: as the recipe names the file.
+        sha256: of what was trained on.
+    """
+    if name.startswith(("hf://", "s3://")):
+        return "it is not looked into from here"
+    with TemporaryDirectory() as folder:
+        try:
+            path = locate(name, store, Path(folder), Path.cwd())
+            places = _in_file(path, name, wanted)
+            changed = records.describe_file(path, name).sha256 != sha256
+        except (DataError, ObjectNotFound, OSError):
+            return "it cannot be read from here"
+    if changed and not places:
+        return "it is not what was trained on, and does not have it now"
+    return places
+
+
+def _in_file(path: Path, name: str, wanted: Wanted) -> list[str]:
+    return [
+        str(place)
+        for place, row in read_rows(path, name)
+        if isinstance(row, dict) and wanted.is_in("\n".join(_texts(row)))
+    ]
 
 
 def _lines(store: Store, key: str) -> Iterator[tuple[int, str]]:

@@ -4,9 +4,10 @@ What is found is counted by kind. A value itself goes nowhere: not into a card, 
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Literal
 
-from jobs.data import markers, personal
+from jobs.data import embedded, markers, personal
 from jobs.data.hits import Hit
 from jobs.data.numbers import REGIONS
 from jobs.data.replace import Replacer
@@ -36,15 +37,43 @@ class Sensitive:
 
     def mask(self, text: str) -> tuple[str, Counter[str]]:
         """The text with what is to be masked or replaced, and how often each kind was found."""
-        hits = personal.find(text, self._kinds, self._languages, self._regions)
+        hits = self._find(text)
         if not hits:
             return text, Counter()
+        kinds = Counter(hit.kind for hit in hits)
+        hits = [hit for hit in hits if hit.kind in self._replacers]
+        if hits and embedded.is_json(text):
+            return embedded.replaced(text, hits, self._stand_in), kinds
         parts, done = [], 0
         for hit in hits:
-            if replacer := self._replacers.get(hit.kind):
-                parts += [text[done : hit.start], replacer.stand_in(hit)]
-                done = hit.end
-        return "".join([*parts, text[done:]]), Counter(hit.kind for hit in hits)
+            parts += [text[done : hit.start], self._stand_in(hit)]
+            done = hit.end
+        return "".join([*parts, text[done:]]), kinds
+
+    def mask_number(self, number: int, key: str) -> tuple[int | str, Counter[str]]:
+        """As `mask`, of a number; the name of its field tells an order's from a telephone's."""
+        start = len(key) + 2
+        hits = [hit for hit in self._find(f"{key.replace('_', ' ')}: {number}") if hit.end > start]
+        masked: int | str = number
+        for hit in hits[:1]:
+            if hit.kind in self._replacers:
+                masked = self._stand_in(hit)
+        return masked, Counter(hit.kind for hit in hits)
+
+    def names(self, columns: Iterable[str]) -> Counter[str]:
+        """What is found in names of columns."""
+        return Counter(hit.kind for column in columns for hit in self._find(column))
+
+    def safe(self, told: str) -> str:
+        """What is to be told of a row, with everything personal masked: all kinds, and those of the rules."""
+        kinds = {*personal.KINDS, *self._kinds}
+        return _MASK.apply(told, personal.find(told, kinds, self._languages, self._regions))
+
+    def _find(self, text: str) -> list[Hit]:
+        return personal.find(text, self._kinds, self._languages, self._regions)
+
+    def _stand_in(self, hit: Hit) -> str:
+        return self._replacers[hit.kind].stand_in(hit)
 
     def markers(self, text: str) -> dict[Literal["toxicity", "injection"], list[str]]:
         """The marked words of each list that are in the text."""

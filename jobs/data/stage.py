@@ -37,6 +37,7 @@ SCHEMA = pa.schema(
         ("number", pa.int64()),  # the row's line, or row, in its file
         ("why", pa.uint8()),  # examine.KEPT, or the check that took it out
         ("digest", pa.binary(16)),
+        ("characters_before", pa.uint32()),
         ("characters", pa.uint32()),
         ("tokens", pa.uint32()),
         ("language", pa.string()),

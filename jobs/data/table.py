@@ -55,6 +55,7 @@ class Table:
     source: npt.NDArray[np.uint16]
     why: npt.NDArray[np.uint8]
     digests: npt.NDArray[np.uint64]
+    characters_before: npt.NDArray[np.uint32]
     characters: npt.NDArray[np.uint32]
     tokens: npt.NDArray[np.uint32]
     language: npt.NDArray[np.int32]
@@ -87,7 +88,7 @@ def gather(parts: Iterator[tuple[PartReport, pa.Table]], sources: Sequence[Sourc
 
     for report, table in parts:
         reports.append(report)
-        for name in ("number", "why", "characters", "tokens", "synthetic"):
+        for name in ("number", "why", "characters_before", "characters", "tokens", "synthetic"):
             add(name, table[name].to_numpy().copy())
         add("digests", _words(table["digest"]))
         add("language", languages.encode(table["language"]))

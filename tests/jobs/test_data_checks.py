@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 
 from cluster.config import load
 from cluster.errors import ConfigError, DataError
+from cluster.folder import FolderStore
 from jobs.config import DataConfig, DataLicence, Recipe
-from jobs.data import augment, balance, prepared, stage, table, whole
+from jobs.data import augment, balance, prepare, prepared, stage, table, whole
+from jobs.data.card import Card, Found, statistics
 from jobs.data.cli import app
 from jobs.data.examine import CHECKS, Examined, Examiner
 from jobs.data.parts import Part, read_parts
@@ -101,6 +103,82 @@ def test_personal_data_leaves_every_text_of_a_row_and_nothing_of_it_is_told(tmp_
     assert "mira" not in excerpt(f"ask {mail} " * 9)
 
 
+def test_keys_and_numbers_are_masked_and_a_columns_name_is_refused(tmp_path: Path) -> None:
+    card = 4111111111111111
+    row: Row = {
+        **chat("Sky?"),
+        "more": {"keyhole@keyleak.org": card, str(card): True, "order_id": 13800138000, "phone": 13800138000},
+        "from": "sender@keyleak.org",
+    }
+    masked = examine(row, tmp_path, personal=Personal(do="mask")).row
+    assert masked
+    assert masked["more"] == {"<EMAIL>": "<CARD>", "<CARD>": True, "order_id": 13800138000, "phone": "<PHONE>"}
+    assert masked["from"] == "<EMAIL>"
+    two = examine({"text": "a", "more": {"a@x.org": 1, "b@x.org": 2}}, tmp_path, personal=Personal(do="mask")).row
+    assert two == {"text": "a", "more": {"<EMAIL>": 1, "<EMAIL> 2": 2}}
+    named = examine({**row, "errkey9@planted.org": ""}, tmp_path, personal=Personal(do="mask"))
+    assert [(each.check, each.outcome, each.detail) for each in named.findings] == [("personal", "refused", "email")]
+
+
+def test_what_was_before_is_counted_before_anything_is_put_right_or_refused(tmp_path: Path) -> None:
+    rows: list[Row | bytes] = [chat("Sky?   \n", "Blue."), {"text": "a@x.org"}, {"other": "12345"}, b"no json"]
+    examined = [examine(row, tmp_path, personal=Personal(do="remove")) for row in rows]
+    assert [row.characters_before for row in examined] == [len("Sky?   \n\nBlue."), 7, 5, 7]
+    assert [row.characters for row in examined] == [len("Sky?\nBlue."), 0, 0, 0]
+    rows_read = table_of(examined)
+    before = statistics(rows_read, np.ones(4, np.uint16), has_tokens=True, as_read=True)
+    assert before.characters
+    assert (before.characters.total, before.tokens) == (33, None)
+
+
+def test_the_places_that_a_refusal_names_and_the_others_are_all_of_them(tmp_path: Path) -> None:
+    part = Part(0, 0, [Place("a", number) for number in range(300)], [b"{"] * 300, 0)
+    report = stage.report_of(part, examined := [examine(b"{", tmp_path)] * 300)
+    found = Found(counts=report.counts["format"], details={}, examples=report.examples["format"])
+    counted = statistics(table_of(examined), np.ones(300, np.uint16), has_tokens=False, as_read=True)
+    card = Card.model_construct(found={"format": found}, before=counted, after=counted)
+    with pytest.raises(DataError) as refused:
+        prepare.refuse(card, FolderStore(tmp_path / "store"))
+    named = str(refused.value).count("a:")
+    assert "300 of 300 rows are refused" in str(refused.value)
+    assert f"and {300 - named} more" in str(refused.value)
+
+
+@pytest.mark.parametrize("do", ["warn", "mask"])
+def test_no_reason_that_is_told_quotes_an_address(do: Literal["warn", "mask"], tmp_path: Path) -> None:
+    rows: list[Row] = [
+        {"messages": [{"role": "usr errleak2@planted.org", "content": "x"}]},
+        {"errkey9@planted.org": "x"},
+        {**chat("Sky?"), "owner": "o@planted.org", "synthetic": True, "synthetic_by": {"teacher": "me@planted.org"}},
+    ]
+    rules = {"personal": Personal(do=do), "format": "remove", "balance": Balance(by="owner")}
+    examined = [examine(row, tmp_path, **rules) for row in rows]
+    assert all(row.findings for row in examined)
+    part = Part(0, 0, [Place("a", number) for number in range(3)], list(rows), 0)
+    told = stage.report_of(part, examined).model_dump_json() + str([row.group for row in examined])
+    assert "planted.org" not in told
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"body": "Contact:\nfoo.bar@barland.com"}, {"body": "Contact:\n<EMAIL>"}),
+        ({"log": "a\n4111111111111111", "é": 1.50}, {"log": "a\n<CARD>", "é": 1.50}),
+        ({"body": "密码\njoé@x.org \\"}, {"body": "密码\n<EMAIL> \\"}),
+        ({"4111111111111111": [4111111111111111, "a@b.org"]}, {"<CARD>": ["<CARD>", "<EMAIL>"]}),
+        ({"a@b.org": 1, "c@d.org": 2}, {"<EMAIL>": 1, "<EMAIL> 2": 2}),
+        ({"inner": json.dumps({"to": "x\ncy@d.org"})}, {"inner": json.dumps({"to": "x\n<EMAIL>"})}),
+        ({"run": 'set "password=Abc12345"'}, {"run": 'set "password=<SECRET>"'}),
+    ],
+)
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_arguments_are_json_after_masking(given: object, expected: object, ascii_only: bool, tmp_path: Path) -> None:
+    rules = {"personal": Personal(do="mask"), "secrets": Secrets(do="mask")}
+    written, wanted = (json.dumps(value, ensure_ascii=ascii_only, indent=1) for value in (given, expected))
+    masked = examine({"text": written}, tmp_path, **rules).row
+    assert masked == {"text": wanted}
+
+
 def test_the_same_value_has_the_same_stand_in_in_every_row(tmp_path: Path) -> None:
     rules = {"personal": Personal(do="replace", seed=3)}
     rows = [examine(chat(f"{text} mira.novak@example.com"), tmp_path, **rules).row for text in ("Ask", "Tell")]
@@ -161,6 +239,15 @@ def rows_of(digests: Sequence[int], evaluation: int, sources: Sequence[str] = ("
         return report, pa.table({"number": list(range(1, len(rows) + 1)), **columns}, stage.SCHEMA)
 
     return table.gather(iter([part(0, digests[:evaluation]), part(1, digests[evaluation:])]), described)
+
+
+def table_of(rows: list[Examined]) -> table.Table:
+    columns = {name: [getattr(row, name) for row in rows] for name in stage.SCHEMA.names[1:]}
+    report = stage.PartReport(source=0, unit="line", rows=len(rows), counts={}, details={}, examples={})
+    source = Source(name="a", split="rows", size=0, sha256="")
+    return table.gather(
+        iter([(report, pa.table({"number": list(range(1, len(rows) + 1)), **columns}, stage.SCHEMA))]), [source]
+    )
 
 
 @given(st.lists(st.integers(0, 5), max_size=30), st.integers(0, 30))

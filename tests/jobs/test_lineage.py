@@ -149,6 +149,33 @@ def test_what_nobody_learned_and_what_could_not_be_searched(family: Family, tmp_
     assert f"prepared {'d' * 12}  broken: {keys.prepared_card('d' * 40)} is not in the store any more" in drawn
 
 
+def test_prompts_reports_and_the_files_that_have_a_text_are_listed_and_no_others(
+    family: Family, tmp_path: Path
+) -> None:
+    files, family = family.folder, family.copy(tmp_path)
+    first, clean = family.runs["first"], family.runs["clean"]
+    gone = first.sources[0].model_copy(update={"name": "hf://datasets/a/b/c.json"})
+    several = first.model_copy(update={"sources": (*first.sources, *clean.sources, gone)})
+    family.store.put(keys.run_record(first.run_id), several.to_bytes())
+    suite, report = keys.suite_file("a" * 64, ".jsonl"), keys.evaluation("clean", 1, 1)
+    family.store.put(suite, (json.dumps({"prompt": "Who?", "expected": PLANTED}) + "\n").encode())
+    family.store.put(keys.suite_file("b" * 64, ".jsonl"), b'{"prompt": "Who?", "expected": "Nobody."}\n')
+    family.store.put(report, json.dumps({"examples": [{"prompt": "Who?", "expected": PLANTED}]}).encode())
+    said = json.loads(
+        luthier("jobs", "data", "forget", "--contains", PLANTED, "--store", family.store.url, "--json").stdout
+    )
+    listed = [(each["kind"], each["digest"], each["is_trained_on"]) for each in said["matches"]]
+    assert listed == [
+        ("tokenised", first.dataset, True),
+        ("suite", suite, False),
+        ("evaluation", report, False),
+    ]
+    assert said["sources"] == [str(files / "first.jsonl")]
+    assert list(said["unread"]) == [gone.name]
+    assert all(key in said["to_do"][-1] for key in (suite, report))
+    assert "clean@1" not in {each["adapter"] for each in said["adapters"]}
+
+
 def test_losses_are_compared_step_by_step() -> None:
     def lines(*losses: float | None) -> list[dict[str, Any]]:
         return [{"step": step, "loss": loss} for step, loss in enumerate(losses)]

@@ -51,6 +51,17 @@ def test_what_only_looks_like_personal_data_is_left_alone(language: Language) ->
         ("10 13800000620 13800000620", "phone", "13800000620"),
         ("AT500000000000000200 DE89370400440532013000", "iban", "DE89370400440532013000"),
         ("SSN: 078-05-1120", "national_id", "078-05-1120"),
+        ("SSN 536 22 1234", "national_id", "536 22 1234"),
+        ("SSN 536.22.1234", "national_id", "536.22.1234"),
+        ("身份证110105 19491231 002X。", "national_id", "110105 19491231 002X"),
+        ("身份证 110105 1949 1231 002x", "national_id", "110105 1949 1231 002x"),
+        ("paid with 4111.1111.1111.1111", "card", "4111.1111.1111.1111"),
+        ("to gb82 west 1234 5698 7654 32 please", "iban", "gb82 west 1234 5698 7654 32"),
+        ("de89370400440532013000", "iban", "de89370400440532013000"),
+        ("an joe@müller-straße.de, bitte", "email", "joe@müller-straße.de"),
+        ("пишите joe@почта.рф.", "email", "joe@почта.рф"),
+        ("邮箱joe@例子.公司请联系", "email", "joe@例子.公司"),
+        ("邮箱joe@例子.com请联系", "email", "joe@例子.com"),
         ("Aadhaar: 2341 2341 2346", "national_id", "2341 2341 2346"),
         ("at fe80::1ff:fe23:4567:890a:", "ip", "fe80::1ff:fe23:4567:890a"),
         ("postgres://me:S3cretPw@db.internal/x", "secret", "S3cretPw"),
@@ -63,6 +74,21 @@ def test_what_only_looks_like_personal_data_is_left_alone(language: Language) ->
 def test_values_by_themselves(text: str, kind: str, value: str | None) -> None:
     value = value or text[2:-2]
     assert (kind, value) in [(hit.kind, hit.value) for hit in find(text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        (r'print("to:\nmax@x.de")', r'print("to:\n<EMAIL>")'),
+        (r"\u006a\u006f\u0065@x.de", "<EMAIL>"),
+        (r"a\\n4111111111111111\\r", r"a\\n<CARD>\\r"),
+        (r"\u7535\u8bdd13800138000", r"\u7535\u8bdd<PHONE>"),
+        ("joe&#64;x.org joe&#x40;x.org to=x%40y.org", "<EMAIL> <EMAIL> <EMAIL>"),
+        (r"see C:\new\table.txt", r"see C:\new\table.txt"),
+    ],
+)
+def test_a_hit_never_begins_or_ends_within_an_escape_sequence(text: str, masked: str) -> None:
+    assert Replacer("mask", 0).apply(text, find(text)) == masked
 
 
 @pytest.mark.parametrize(
