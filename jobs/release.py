@@ -136,8 +136,9 @@ def _alive(store: Store, run_id: str) -> Iterator[None]:
                 runs.beat(store, run_id, me)
                 if runs.stop_requests(store, run_id):
                     say("a stop request: the evaluation is given up, and the version stays published")
-                    # To the thread that waits, which a signal to this one would not wake.
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                    # To the thread that waits, which a signal to this one would not wake. Not SIGINT: whoever was
+                    # started in the background of a shell ignores that.
+                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
                     return
             except StoreError as error:
                 say(f"warning: the store does not answer, so nobody sees that this run lives: {error}")

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,9 @@ def test_files_that_are_there_are_read_back_and_only_what_differs_is_sent(folder
     assert (there / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-def test_an_add_that_is_killed_goes_on_where_it_stood(folder: Path, tmp_path: Path) -> None:
+def test_an_add_that_is_killed_goes_on_where_it_stood(
+    folder: Path, tmp_path: Path, use_env: Callable[[dict[str, str]], None]
+) -> None:
     """SIGKILL in the middle of a shard's upload to a real S3 server; what had arrived is not sent a second time."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -231,6 +234,8 @@ def test_an_add_that_is_killed_goes_on_where_it_stood(folder: Path, tmp_path: Pa
         save_file({name: torch.from_numpy(generator.standard_normal(250_000))}, folder / weight_map[name])
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     server = shared("ministack")
+    use_env(server.env)
+    store = S3Store(server.bucket, tmp_path.name)
     url = f"s3://{server.bucket}/{tmp_path.name}"
     with Proxy("127.0.0.1", server.port) as proxy:
         env = aws_env(f"http://127.0.0.1:{proxy.port}", server.access_key, server.secret_key)
@@ -239,7 +244,7 @@ def test_an_add_that_is_killed_goes_on_where_it_stood(folder: Path, tmp_path: Pa
         proxy.cut("up", after_bytes=5_500_000, then=lambda: os.kill(killed.pid, signal.SIGKILL))
         assert killed.wait(timeout=60) == -signal.SIGKILL
         assert proxy.fired == 1
-        there = {item.key.rpartition("/")[2] for item in _at(server.env, url).list("models/")}
+        there = {item.key.rpartition("/")[2] for item in store.list("models/")}
         shards = {name for name in there if name.startswith("model-")}
         assert 2 <= len(shards) <= 4
         assert "model.json" not in there
@@ -248,14 +253,8 @@ def test_an_add_that_is_killed_goes_on_where_it_stood(folder: Path, tmp_path: Pa
         assert proxy.fired == 1
     assert done.returncode == 0, done.stderr
     assert {line.partition(":")[0] for line in done.stdout.splitlines() if "already there" in line} == there
-    manifest = models.mirrored(_at(server.env, url))[0]
-    records.fetch_files(_at(server.env, url), f"models/tiny/{manifest.revision}/", manifest.files, tmp_path / "back")
-
-
-def _at(env: dict[str, str], url: str) -> S3Store:
-    os.environ.update(env)
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    return S3Store(bucket, prefix)
+    manifest = models.mirrored(store)[0]
+    records.fetch_files(store, f"models/tiny/{manifest.revision}/", manifest.files, tmp_path / "back")
 
 
 def test_a_hub_model_is_pinned_to_the_commit_that_is_newest_now(

@@ -91,7 +91,7 @@ def test_every_metric_that_is_named_is_in_a_live_scrape(
     recipe = write_recipe(tmp_path, tiny_models["qwen3"], [rows], name="watched", store=pair.store.url)
     # A GPU type, without one: what a share of its peak is named for. A price for cores, since no GPU is held.
     prices = ("cluster.gpu=l4-24gb", "cluster.prices.cpu=0.04", "limits.hours=10")
-    steps = ("train.steps=200", "checkpoint.every_steps=50", *prices)
+    steps = ("train.steps=400", "checkpoint.every_steps=50", *prices)
     with Prometheus(ray_cluster.folder / "0" / DISCOVERY, tmp_path) as prometheus:
         training = start(ray_cluster, "jobs", "train", str(recipe), *steps)
         wanted = {metric.exported: metric for metric in metrics.ALL}
