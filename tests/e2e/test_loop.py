@@ -1,6 +1,7 @@
 """The loop closed over a real S3 server: a job trains and publishes there, a submitted deployment serves from there."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from cluster.processes import free_ports
 from scripts.demo.monitor import DISCOVERY, Prometheus
 from tests.conftest import TinyModels
 from tests.e2e.conftest import Pair
-from tests.e2e.submit import start, submit, until, write_recipe
+from tests.e2e.submit import DEADLINE_S, start, submit, write_recipe
 
 NAMES = ("pair-one", "pair-two")
 QUESTION = "Please send three red lamps to Mira in Oslo by Friday."
@@ -100,12 +101,14 @@ def test_every_metric_that_is_named_is_in_a_live_scrape(
             name = NAMES[number % len(NAMES)]
             client.completions.create(model=name, prompt=QUESTION * 4, max_tokens=16, temperature=0)
 
-        def is_seen() -> bool:
+        def missing() -> set[str]:
             with ThreadPoolExecutor(4) as pool:  # at once, so that passes are mixed; again, so that prompts are shared
                 list(pool.map(ask, range(4)))
-            return wanted.keys() <= prometheus.names()
+            return wanted.keys() - prometheus.names()
 
-        until(is_seen, training)
+        deadline = time.monotonic() + DEADLINE_S  # the training may end before the last of the endpoint's are exported
+        while names := missing():
+            assert time.monotonic() < deadline, f"never scraped: {names}; the job: {training.poll()}"
         for name, metric in wanted.items():
             labels = {label for series in prometheus.get("series", **{"match[]": name}) for label in series}
             assert set(metric.labels) <= labels, name
