@@ -129,12 +129,13 @@ def _tell_report(store: Store, run: RunRecord, report: EvaluationReport) -> None
 def _alive(store: Store, run_id: str) -> Iterator[None]:
     """A run whose version is evaluated is not lost; a stop request or SIGTERM ends it, as a second ends training."""
     ended, me = threading.Event(), uuid4().hex
+    is_main = threading.current_thread() is threading.main_thread()
 
     def beat() -> None:
         while True:
             try:
                 runs.beat(store, run_id, me)
-                if runs.stop_requests(store, run_id):
+                if is_main and runs.stop_requests(store, run_id):
                     say("a stop request: the evaluation is given up, and the version stays published")
                     # To the thread that waits, which a signal to this one would not wake. Not SIGINT: whoever was
                     # started in the background of a shell ignores that.
@@ -145,14 +146,15 @@ def _alive(store: Store, run_id: str) -> Iterator[None]:
             if ended.wait(runs.HEARTBEAT_S):
                 return
 
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     thread = threading.Thread(target=beat, name="luthier-evaluating", daemon=True)
     thread.start()
-    is_main = threading.current_thread() is threading.main_thread()
-    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler) if is_main else None
     try:
-        yield
-    finally:
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+    finally:  # only when no signal of that thread can come any more: the earlier handler would end the process
         if is_main:
             signal.signal(signal.SIGTERM, earlier)
-        ended.set()
-        thread.join()
