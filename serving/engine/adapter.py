@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cluster.errors import AdapterRefused
-from serving.engine import dora
+from serving.engine import dora, kernels
+from serving.engine.block import packed
 
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>A\.weight|B\.weight|magnitude_vector)$")
@@ -150,7 +151,13 @@ def read_adapter(digest: str, folder: Path, target: Target) -> Adapter:
     if not parts:
         raise AdapterRefused(f"{folder}: the adapter holds no tensors")
     pairs = {module: _pair(folder, module, mine, config, target) for module, mine in parts.items()}
-    return Adapter(digest, pairs)
+    return Adapter(digest, _together(pairs) if kernels.are_usable(target.device, target.dtype) else pairs)
+
+
+def _together(pairs: Mapping[str, LoraPair]) -> dict[str, LoraPair]:
+    """The same, for the kernel, which reads them where they are."""
+    matrices = iter(packed([matrix for pair in pairs.values() for matrix in (pair.a, pair.b)]))
+    return {path: replace(pair, a=next(matrices), b=next(matrices)) for path, pair in pairs.items()}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
