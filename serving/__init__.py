@@ -15,7 +15,8 @@ prompts    messages or text → token ids, by the model's own chat template
 adapters   which adapters are in the engine: single-flight loads, reference counts, eviction
 popularity how much each is asked for lately: what leaves first
 pins       the adapters that every replica is to hold, by name
-demand     which adapters are asked for, and how much; a new replica loads those ahead
+demand     which adapters are asked for, and how much
+ahead      what a new replica loads before anybody asks it: that, and what nobody holds
 downloads  verified adapter files on this node, under a byte budget
 routing    which replica a request goes to: queue in tokens, and what loading would cost (pure)
 router     that policy behind Serve's router interface

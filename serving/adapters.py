@@ -44,7 +44,7 @@ _ITS_OWN_FAULT = (AdapterRefused, ObjectDamaged, ObjectNotFound)
 
 
 class _AbandonedError(Exception):
-    """Everyone who waited for a load has gone; it ends before it takes a place."""
+    """Nobody waits for a load who would have another adapter leave for it; it ends before it takes a place."""
 
 
 @dataclass(eq=False)
@@ -54,6 +54,7 @@ class _Entry:
     has_place: bool = False  # it is loaded, or may be
     is_loaded: bool = False
     is_leaving: bool = False
+    is_asked_for: bool = False  # by a request; else it is loaded into free room or not at all
     holders: int = 0  # requests that use it or wait for it
     last_used: int = 0
     num_bytes: int = 0  # of the budget, once it has room
@@ -103,10 +104,29 @@ class AdapterCache:
         """What is in the engine now, in the order of asking."""
         return [entry.record for entry in self._entries.values() if entry.is_loaded]
 
+    @property
+    def digests(self) -> frozenset[str]:
+        """Of what is in the engine or on its way."""
+        return frozenset(self._entries)
+
     async def prefetch(self, record: AdapterRecord) -> None:
-        """Load an adapter before anybody asks for it. Raises as `hold` does."""
+        """Load an adapter that requests are about to ask for, as the first of them would. Raises as `hold` does."""
         async with self.hold(record):
             pass
+
+    async def load_into_room(self, record: AdapterRecord) -> bool:
+        """Load an adapter that nobody asked for. False: there is no room for it that is not taken.
+
+        Raises as `hold` does.
+        """
+        entry = await self._join(record, is_asked_for=False)
+        try:
+            await asyncio.shield(entry.loading)
+        except _AbandonedError:
+            return False
+        finally:
+            self._leave(entry)
+        return True
 
     def pin(self, records: Collection[AdapterRecord]) -> None:
         """From now on evict none of these, until other ones are pinned. Fewer than `max_adapters`: others need a place.
@@ -134,17 +154,32 @@ class AdapterCache:
         """
         self._asked += 1
         self._popularity.count(record.digest)
-        entry = await self._join(record)
+        entry = await self._join_loaded(record)
         try:
-            await asyncio.shield(entry.loading)  # one caller who leaves must not end the load for the others
             yield record.digest
         finally:
-            entry.holders -= 1
-            self._clock += 1
-            entry.last_used = self._clock
-            self._tell()
+            self._leave(entry)
 
-    async def _join(self, record: AdapterRecord) -> _Entry:
+    async def _join_loaded(self, record: AdapterRecord) -> _Entry:
+        while True:
+            entry = await self._join(record, is_asked_for=True)
+            try:
+                await asyncio.shield(entry.loading)  # one caller who leaves must not end the load for the others
+            except _AbandonedError:  # by those before; this request came too late to keep it
+                self._leave(entry)
+            except BaseException:
+                self._leave(entry)
+                raise
+            else:
+                return entry
+
+    def _leave(self, entry: _Entry) -> None:
+        entry.holders -= 1
+        self._clock += 1
+        entry.last_used = self._clock
+        self._tell()
+
+    async def _join(self, record: AdapterRecord, *, is_asked_for: bool) -> _Entry:
         while True:
             entry = self._entries.get(record.digest)
             if entry is None:
@@ -154,6 +189,7 @@ class AdapterCache:
                 entry.loading.add_done_callback(_retrieve)
             if not entry.is_leaving:
                 entry.holders += 1
+                entry.is_asked_for |= is_asked_for
                 return entry
             await self._news.wait()
 
@@ -232,7 +268,7 @@ class AdapterCache:
         next_to_go: _Entry | None = None
         try:
             while not is_enough():
-                if entry.holders == 0:
+                if entry.holders == 0 or not entry.is_asked_for:
                     raise _AbandonedError
                 loaded = [each for each in self._entries.values() if each.is_loaded and not self._is_pinned(each)]
                 loaded = [each for each in loaded if each is next_to_go or not each.is_leaving]

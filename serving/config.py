@@ -170,6 +170,9 @@ class AdaptersConfig(Config):
     retry_failed_s: NonNegativeFloat = Field(
         30.0, description="how long an adapter that could not be loaded, by its own fault, is refused without trying"
     )
+    load_ahead: bool = Field(
+        True, description="a new replica loads, into places that are free, what others are asked for and what is stable"
+    )
     pinned: tuple[str, ...] = Field(
         (), description="adapters (NAME, NAME@ALIAS, NAME@VERSION) that every replica loads at once and never evicts"
     )

@@ -1,25 +1,15 @@
-"""Which adapters are asked for, and how much: so that a new replica loads them before anybody asks it.
+"""Which adapters are asked for, and how much: so that a new replica loads them before anybody asks it (ahead.py)."""
 
-    each replica counts ─▶ a new one asks them all ─▶ the most wanted, one after another, while it has places
-
-Nothing depends on it: a replica that nobody answers loads its adapters when requests come, as the first one must.
-"""
-
-import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from cluster.errors import LuthierError
 from cluster.records import AdapterRecord, BaseModelRef
-from serving.adapters import AdapterCache
 from serving.popularity import MAX_REMEMBERED, Popularity
 
 HALF_LIFE_S = 300.0
 """After which a request counts half: the demand of the last minutes, not of the morning."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,6 +18,14 @@ class Wanted:
 
     record: AdapterRecord
     requests: float
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What one replica was asked for lately, and the digests of what it holds or is loading. Survives a Ray hop."""
+
+    wanted: list[Wanted]
+    holds: frozenset[str]
 
 
 class Demand:
@@ -51,26 +49,12 @@ class Demand:
         return found
 
 
-def most_wanted(answers: Iterable[Sequence[Wanted]], base: BaseModelRef) -> list[Wanted]:
+def most_wanted(answers: Iterable[Stock], base: BaseModelRef) -> list[Wanted]:
     """What several replicas were asked for together, of this base, the most wanted first."""
     requests: defaultdict[str, float] = defaultdict(float)
     records: dict[str, AdapterRecord] = {}
-    for each in (each for answer in answers for each in answer if each.record.base == base):
+    for each in (each for answer in answers for each in answer.wanted if each.record.base == base):
         requests[each.record.digest] += each.requests
         records[each.record.digest] = each.record
     found = [Wanted(records[digest], requests[digest]) for digest in requests]
     return sorted(found, key=lambda each: -each.requests)
-
-
-async def warm(cache: AdapterCache, places: int, wanted: Sequence[Wanted]) -> None:
-    """Load what is wanted while there is a free place: what requests bring in meanwhile is not evicted for it."""
-    total = sum(each.requests for each in wanted)
-    for each in wanted:
-        cache.expect(each.record, each.requests / total)
-    for record in (each.record for each in wanted):
-        if len(cache.loaded) >= places:
-            return
-        try:
-            await cache.prefetch(record)
-        except LuthierError as error:
-            _log.warning("%s@%d is not loaded ahead of requests: %s", record.name, record.version, error)

@@ -21,8 +21,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 from cluster import models, secret
 from cluster.errors import InvalidRequest, Overloaded
@@ -30,10 +28,11 @@ from cluster.records import AdapterRecord, BaseModelRef
 from cluster.store import open_store
 from serving import affinity
 from serving.adapters import HALF_LIFE, SPARE_SLOTS, AdapterCache
+from serving.ahead import load_ahead
 from serving.autoscale import ReplicaLoad
 from serving.calls import Accepted, Call, ChoiceEvent, ReplicaStatus, mib
 from serving.config import EngineConfig, ServingConfig, VllmConfig
-from serving.demand import Demand, Wanted, most_wanted, warm
+from serving.demand import Demand, Stock
 from serving.downloads import Downloads
 from serving.engine.protocol import Engine, EngineStats, GenerationRequest, TokenStream
 from serving.engine.vllm_command import VllmOptions, find_python
@@ -43,7 +42,6 @@ from serving.protocol import choice_seed
 from serving.resolver import Resolver
 
 _METRICS_INTERVAL_S = 5.0
-_DEMAND_TIMEOUT_S = 10.0
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 _MESSAGE_INTERVAL_S = 0.02
@@ -91,13 +89,15 @@ class Replica:
             half_life=half_life,
             retry_failed_s=config.adapters.retry_failed_s,
         )
-        self._places = config.engine.max_adapters
         _log.info("%s", memory_plan(self._engine.stats(), self._adapter_bytes))
         # Serve runs this in the loop that it runs requests in, and does not wait for what comes beside them.
-        self._warming = asyncio.create_task(self._warm(), name="luthier-warm")
+        refresh_s = config.adapters.alias_refresh_s
+        names = Resolver(store, base, refresh_s)
+        if config.adapters.load_ahead:
+            self._loading_ahead = asyncio.create_task(
+                load_ahead(self._adapters, base, names, config.replicas.min), name="luthier-ahead"
+            )
         if config.adapters.pinned:
-            refresh_s = config.adapters.alias_refresh_s
-            names = Resolver(store, base, refresh_s)
             self._pinning = asyncio.create_task(
                 keep_pinned(config.adapters.pinned, names, self._adapters, refresh_s), name="luthier-pinned"
             )
@@ -177,18 +177,9 @@ class Replica:
         """Load an adapter that requests are about to ask for. Raises as loading does."""
         await self._adapters.prefetch(record)
 
-    async def demand(self) -> list[Wanted]:
-        """Which adapters this replica was asked for lately, the most wanted first."""
-        return self._demand.wanted()
-
-    async def _warm(self) -> None:
-        """Load what the other replicas are asked for, beside the first requests."""
-        try:
-            answers = await _ask_all_for_demand()
-        except (TimeoutError, RayError, RayServeException) as error:
-            _log.info("no other replica says which adapters are wanted: %s", error)
-            return
-        await warm(self._adapters, self._places, most_wanted(answers, self._base)[: self._places])
+    async def stock(self) -> Stock:
+        """Which adapters this replica was asked for lately, and which it has."""
+        return Stock(self._demand.wanted(), self._adapters.digests)
 
     async def ready(self) -> bool:
         """Answers when this replica serves."""
@@ -275,18 +266,6 @@ def start_engine(folder: Path, config: ServingConfig) -> Engine:
     )
     engine.start()
     return engine
-
-
-async def _ask_all_for_demand() -> list[list[Wanted]]:
-    """What each replica of this deployment answers that is up. Raises what Serve raises when there is none."""
-    place = serve.get_replica_context()
-    # In a thread, because it asks the controller and waits.
-    replicas = await asyncio.to_thread(serve.get_deployment_handle, place.deployment, place.app_name)
-    try:
-        answers = await replicas.broadcast("demand").results_async(timeout_s=_DEMAND_TIMEOUT_S, return_exceptions=True)
-    finally:
-        await replicas.shutdown_async()  # or it reports to the controller for as long as this process lives
-    return [each for each in answers if isinstance(each, list)]
 
 
 def _native(folder: Path, config: ServingConfig, engine: EngineConfig) -> Engine:

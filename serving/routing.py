@@ -58,11 +58,11 @@ def rank(candidates: Sequence[Candidate], adapter: str, under_way: int = 0) -> l
             return 2, waits[each.id], 0.0
         if each.id in holders:
             return 0, waits[each.id], 0.0
-        return 1, each.loads, -_weight(adapter, each.id)
+        return 1, each.loads, -weight(adapter, each.id)
 
     return [each.id for each in sorted(candidates, key=order)]
 
 
-def _weight(adapter: str, replica: str) -> float:
-    """From 0 to 1."""
+def weight(adapter: str, replica: str) -> float:
+    """How much rendezvous hashing prefers one replica for one adapter, from 0 to 1."""
     return int.from_bytes(blake2b(f"{adapter} {replica}".encode(), digest_size=8).digest()) / 2**64

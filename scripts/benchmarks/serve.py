@@ -22,11 +22,13 @@ And with Ray Serve around the engine (serve_live.py), a tiny model, in milliseco
     haproxy_p50_ms       the same request in Serve's HAProxy mode, against behind Serve's own proxy; and p99
     alias_live_s         from a moved alias to the last request that the old version answers, under 50 requests/s; and
                          (as the peer) from the way back
-    zipf_…               four replicas of 16 places, 64 requests at once of 64 + 128 tokens, one adapter with half of
-                         them and 99 by Zipf's law, 800 requests on empty replicas and 800 more: tokens of the busiest
-                         replica over the mean, a request's time, and adapters loaded by either half, against Serve's
-                         own router with the least recently used leaving; and all loads against Serve's router over
-                         our cache. The notes (--json) have what a cache that knows the future would have loaded
+    zipf_…               four replicas, 64 requests at once of 64 + 128 tokens, one adapter with half of them and 99 by
+                         Zipf's law, 800 requests and then 800 more; against Serve's own router with the eviction of
+                         @serve.multiplexed: tokens of the busiest replica over the mean, and a request's time
+    zipf_cold_loads_…    adapters that were loaded while a request waited: _over_serve with 16 places a replica, which
+                         is for two thirds of the adapters, and by half, _first and _later; _all_fit with 32 places;
+                         _by_router against Serve's router over our cache. The notes (--json) have what one cache that
+                         knows the future, and begins empty, would have loaded of 64 places
 
 And of the first model, the cold start of an adapter by part (serve_cold.py), in milliseconds, medians of 12 adapters:
 

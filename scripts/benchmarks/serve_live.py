@@ -23,6 +23,7 @@ from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequ
 from ray.serve.request_router import RequestRouter
 
 from cluster import models, registry
+from cluster.errors import RunFailed
 from cluster.folder import FolderStore
 from cluster.models import ModelConfig
 from cluster.records import BaseModelRef
@@ -40,7 +41,8 @@ NAME, BASE = "bench", "base"
 COLD = 99
 REPLICAS = 4
 AT_ONCE = 64
-PLACES = 16
+PLACES = 16  # of each replica: together for two thirds of the adapters
+ROOMY_PLACES = 32  # for all
 PROMPT, NEW = 64, 128
 DEADLINE_S = 180.0
 HAPROXY = {
@@ -55,20 +57,36 @@ class Zipf:
     """What the traffic of `zipf` came to, twice in a row on the same replicas."""
 
     max_over_mean: float  # tokens of the busiest replica, and of all on average
-    empty_loads: float  # adapters loaded in the first half, which found the replicas empty
-    warm_loads: float  # and in the second
+    first_loads: float  # adapters loaded for requests in the first half, before which nobody had asked for any
+    later_loads: float  # and in the second
     latency_s: float  # of a request, on average
     clairvoyant_empty: float  # what one cache of all places, that knows the future, would have loaded
     clairvoyant_warm: float
 
+    @property
+    def cold_loads(self) -> float:
+        return self.first_loads + self.later_loads
 
-CONTESTANTS: dict[str, tuple[type[RequestRouter], float]] = {
-    "ours": (AdapterRouter, HALF_LIFE),
-    "serve's": (PowerOfTwoChoicesRequestRouter, 1 / PLACES),
-    "serve's router": (PowerOfTwoChoicesRequestRouter, HALF_LIFE),
-}
-"""A router, and the half-life by which adapters are evicted: of one request it is "least recently used", the rule of
-@serve.multiplexed (which would also evict what is in use). The last has our cache whole."""
+
+@dataclass(frozen=True)
+class Contestant:
+    """A router over a cache.
+
+    The half-life is that by which adapters are evicted: of one request it is "least recently used", the rule of
+    @serve.multiplexed (which would also evict what is in use), and nothing is loaded ahead of requests there.
+    """
+
+    router: type[RequestRouter] = AdapterRouter
+    half_life: float = HALF_LIFE
+    places: int = PLACES
+    load_ahead: bool = True
+
+
+OURS = Contestant()
+SERVES = Contestant(PowerOfTwoChoicesRequestRouter, 1 / PLACES, load_ahead=False)
+SERVES_ROUTER = Contestant(PowerOfTwoChoicesRequestRouter)
+OURS_ROOMY = Contestant(places=ROOMY_PLACES)
+SERVES_ROOMY = Contestant(PowerOfTwoChoicesRequestRouter, 1 / ROOMY_PLACES, ROOMY_PLACES, load_ahead=False)
 
 
 class Live:
@@ -89,28 +107,34 @@ class Live:
             self.port = int(free.getsockname()[1])
 
     @contextmanager
-    def served(
-        self, replicas: int, router: type[RequestRouter] = AdapterRouter, half_life: float = HALF_LIFE
-    ) -> Iterator[str]:
-        """The endpoint's address, while it is there."""
+    def served(self, replicas: int, how: Contestant = OURS) -> Iterator[str]:
+        """The endpoint's address, while it is there, from when nothing more is loaded ahead."""
         config = ServingConfig(
             name=NAME,
             model=self.config,
             store=self.store.url,
-            engine=EngineConfig(max_adapters=PLACES, max_rank=16, kv_tokens=8192, max_batch_tokens=256),
+            engine=EngineConfig(max_adapters=how.places, max_rank=16, kv_tokens=8192, max_batch_tokens=256),
             replicas=ReplicaConfig(min=replicas, max=replicas, cpus=0.1),
             http=HttpConfig(port=self.port),
-            adapters=AdaptersConfig(),
+            adapters=AdaptersConfig(load_ahead=how.load_ahead),
         )
         serve.start(http_options={"host": config.http.host, "port": config.http.port})
-        serve.run(build(config, self.base, router, half_life), name=NAME, route_prefix="/")
+        serve.run(build(config, self.base, how.router, how.half_life), name=NAME, route_prefix="/")
         try:
+            self._wait_until_loaded(min(replicas * how.places, len(self.names)) if how.load_ahead else 0)
             yield f"http://127.0.0.1:{self.port}/v1"
         finally:
             serve.delete(NAME)
 
     def replicas(self) -> list[ReplicaStatus]:
         return deploy.status(NAME)[1]
+
+    def _wait_until_loaded(self, adapters: int) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while sum(len(each.adapters) for each in self.replicas()) < adapters:
+            if time.monotonic() > deadline:
+                raise RunFailed(f"{adapters} adapters were not loaded ahead within {DEADLINE_S} s")
+            time.sleep(0.2)
 
 
 @contextmanager
@@ -137,23 +161,25 @@ def measure(live: Live, rounds: int, quick: bool) -> list[Measure]:
             alone = [asyncio.run(engine_latencies(live, few)) for _ in range(rounds)]
             moves = [asyncio.run(moves_live(url, live)) for _ in range(rounds)]
         traffic = 60 if quick else 800
-        found: dict[str, list[Zipf]] = {name: [] for name in CONTESTANTS}
+        found: dict[Contestant, list[Zipf]] = {
+            each: [] for each in (OURS, SERVES, SERVES_ROUTER, OURS_ROOMY, SERVES_ROOMY)
+        }
         for index in range(rounds):
-            for name, (router, half_life) in CONTESTANTS.items():
-                with live.served(REPLICAS, router, half_life) as url:
-                    found[name].append(asyncio.run(zipf(url, live, traffic, seed=index)))
+            for how, seen in found.items():
+                with live.served(REPLICAS, how) as url:
+                    seen.append(asyncio.run(zipf(url, live, traffic, seed=index)))
     with private_ray(HAPROXY), live.served(1) as url:
         by_haproxy = [asyncio.run(http_latencies(url, live.names[1], few)) for _ in range(rounds)]
-    ours, theirs, router_alone = found.values()
     possible = {
-        "clairvoyant_empty": median(each.clairvoyant_empty for each in ours),
-        "clairvoyant_warm": median(each.clairvoyant_warm for each in ours),
+        "clairvoyant_empty": median(each.clairvoyant_empty for each in found[OURS]),
+        "clairvoyant_warm": median(each.clairvoyant_warm for each in found[OURS]),
     }
 
-    def beside(name: str, unit: str, figure: Callable[[Zipf], float], peers: Sequence[Zipf] = theirs) -> Measure:
-        return Measure(
-            f"zipf_{name}", unit, [figure(each) for each in ours], [figure(each) for each in peers], possible
-        )
+    def beside(
+        name: str, unit: str, figure: Callable[[Zipf], float], ours: Contestant = OURS, peer: Contestant = SERVES
+    ) -> Measure:
+        ours_, peers = ([figure(each) for each in found[who]] for who in (ours, peer))
+        return Measure(f"zipf_{name}", unit, ours_, peers, possible)
 
     return [
         Measure("haproxy_p50_ms", "ms", [median(each) for each in by_haproxy], [median(each) for each in over_http]),
@@ -163,9 +189,11 @@ def measure(live: Live, rounds: int, quick: bool) -> list[Measure]:
         Measure("alias_live_s", "s", [release for release, _ in moves], [back for _, back in moves]),
         beside("max_over_mean", "", lambda each: each.max_over_mean),
         beside("latency_s", "s", lambda each: each.latency_s),
-        beside("empty_loads", "loads", lambda each: each.empty_loads),
-        beside("warm_loads", "loads", lambda each: each.warm_loads),
-        beside("loads_by_router", "loads", lambda each: each.empty_loads + each.warm_loads, router_alone),
+        beside("cold_loads_over_serve", "loads", lambda each: each.cold_loads),
+        beside("cold_loads_first", "loads", lambda each: each.first_loads),
+        beside("cold_loads_later", "loads", lambda each: each.later_loads),
+        beside("cold_loads_all_fit", "loads", lambda each: each.cold_loads, OURS_ROOMY, SERVES_ROOMY),
+        beside("cold_loads_by_router", "loads", lambda each: each.cold_loads, peer=SERVES_ROUTER),
     ]
 
 
@@ -271,15 +299,15 @@ async def zipf(url: str, live: Live, requests: int, seed: int) -> Zipf:
         await half()
         looks.append(await asyncio.to_thread(live.replicas))
     tokens = [each.generated_tokens + each.prompt_tokens for each in looks[-1]]
-    empty, warm = (
+    first, later = (
         sum(each.adapter_loads for each in after) - sum(each.adapter_loads for each in before)
         for before, after in pairwise(looks)
     )
     loaded = clairvoyant(asked, REPLICAS * PLACES)
     return Zipf(
         max_over_mean=max(tokens) / (sum(tokens) / len(tokens)),
-        empty_loads=empty,
-        warm_loads=warm,
+        first_loads=first,
+        later_loads=later,
         latency_s=sum(took) / len(took),
         clairvoyant_empty=sum(loaded[:requests]),
         clairvoyant_warm=sum(loaded[requests:]),

@@ -13,6 +13,7 @@
     lora        linear layers that mix adapters row by row
     quantized   linear layers with weights in 8 or 4 bits, beneath those
     kernels     the two products of decode that torch has no fast way for on a CPU (kernels.c)
+    block       the memory that they read adapters from
     sampling    logits → token        text    tokens → text that may be shown
     grammar     which tokens may follow in an answer that must be JSON, or match a pattern
 

@@ -19,8 +19,7 @@ def packed(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     What is larger than half of a huge page is filled up to whole ones.
     """
     sizes = [-(-tensor.nbytes // _LINE) * _LINE for tensor in tensors]
-    block = _allocate(sum(sizes))
-    places = block[: sum(sizes)].split(sizes)
+    places = torch.split(_allocate(sum(sizes))[: sum(sizes)], sizes)
     return [
         place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         for place, tensor in zip(places, tensors, strict=True)

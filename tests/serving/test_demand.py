@@ -1,16 +1,14 @@
-"""What a new replica loads ahead of requests, over the adapter cache and its engine in memory."""
+"""What replicas were asked for."""
 
-import asyncio
 from collections import Counter
-from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.records import AdapterRecord, BaseModelRef
-from serving.demand import HALF_LIFE_S, Demand, Wanted, most_wanted, warm
+from serving.demand import HALF_LIFE_S, Demand, Stock, Wanted, most_wanted
 from serving.popularity import MAX_REMEMBERED
-from tests.serving.test_adapters import BASE, Bench
+from tests.serving.test_adapters import BASE
 
 OTHER_BASE = BaseModelRef(name="base", revision="r2", licence="apache-2.0")
 
@@ -45,7 +43,10 @@ def test_the_last_minutes_count_and_the_morning_is_forgotten() -> None:
 def test_answers_of_all_replicas_are_added_and_another_bases_adapters_are_left_out() -> None:
     first = [Wanted(record("a"), 5.0), Wanted(record("b"), 3.0)]
     second = [Wanted(record("old", OTHER_BASE), 99.0), Wanted(record("b"), 3.0), Wanted(record("c"), 1.0)]
-    assert [(each.record.name, each.requests) for each in most_wanted([first, second, []], BASE)] == [
+    assert [
+        (each.record.name, each.requests)
+        for each in most_wanted([Stock(each, frozenset()) for each in (first, second, [])], BASE)
+    ] == [
         ("b", 6.0),
         ("a", 5.0),
         ("c", 1.0),
@@ -59,21 +60,3 @@ def test_of_too_many_the_most_wanted_are_remembered() -> None:
         demand.count(record(f"tail{number}"))
     assert len(demand.wanted()) <= MAX_REMEMBERED
     assert demand.wanted()[0] == Wanted(record("wanted"), 3 * MAX_REMEMBERED)
-
-
-def test_free_places_are_filled_by_the_most_wanted_and_nothing_is_evicted_for_them(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, max_adapters=3)
-    asked, refused, first, second, third = (bench.publish(name) for name in ("asked", "bad", "1st", "2nd", "3rd"))
-    bench.engine.refused.add(refused.digest)
-
-    async def main() -> None:
-        await bench.touch(asked)
-        wanted = enumerate([refused, first, asked, second, third])
-        await warm(bench.cache, 3, [Wanted(record, 100 - place) for place, record in wanted])
-        assert bench.names() == ["asked", "1st", "2nd"]
-        await bench.touch(third)  # what is expected the least leaves first
-        assert bench.names() == ["asked", "1st", "3rd"]
-
-    asyncio.run(main())
-    assert bench.engine.loads[asked.digest] == 1
-    assert bench.engine.loads[third.digest] == 1

@@ -1,5 +1,6 @@
 """Matrices in one piece of memory."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ def test_copies_are_equal_lie_in_order_and_begin_at_cache_lines(rows: int) -> No
     copies = packed(tensors)
     assert all(torch.equal(copy, tensor) for copy, tensor in zip(copies, tensors, strict=True))
     assert all(copy.is_contiguous() and copy.data_ptr() % 64 == 0 for copy in copies)
-    for one, next_one in zip(copies, copies[1:], strict=False):
+    for one, next_one in pairwise(copies):
         assert 0 <= next_one.data_ptr() - one.data_ptr() - one.nbytes < 64
     copies[0].zero_()
     assert tensors[0].any(), "the original is not touched"

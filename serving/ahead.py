@@ -1,0 +1,98 @@
+"""What a new replica loads before anybody asks it, one adapter after another, while it has room:
+
+    what the other replicas are asked for, the most wanted first ▸ what is stable and no replica holds
+
+The second leaves each replica its part of what is stable, so that those that start together fill up evenly; they go
+through it in different orders (rendezvous hashing, as in routing.py), so that they seldom load the same adapter twice.
+Nothing depends on any of it: what is not here is loaded when it is asked for.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from cluster.errors import LuthierError
+from cluster.records import AdapterRecord, BaseModelRef
+from serving.adapters import AdapterCache
+from serving.demand import Stock, Wanted, most_wanted
+from serving.resolver import Resolver
+from serving.routing import weight
+
+_ASK_TIMEOUT_S = 10.0
+
+_log = logging.getLogger(__name__)
+Ask = Callable[[], Awaitable[list[Stock]]]
+
+
+async def load_ahead(cache: AdapterCache, base: BaseModelRef, names: Resolver, min_replicas: int) -> None:
+    """In a replica, beside its first requests. What cannot be looked up or loaded is logged."""
+    async with _all_replicas() as ask:
+        if not await warm(cache, most_wanted(await ask(), base)):
+            return
+        try:
+            stable = [each.adapter for each in await names.models() if each.adapter and each.id == each.adapter.name]
+        except LuthierError as error:
+            _log.warning("no adapter is loaded ahead of requests: %s", error)
+            return
+        await fill(cache, stable, ask, serve.get_replica_context().replica_tag, min_replicas)
+
+
+async def warm(cache: AdapterCache, wanted: Sequence[Wanted]) -> bool:
+    """Load what is wanted. False once there is no room: what requests bring in meanwhile is not evicted for it."""
+    total = sum(each.requests for each in wanted)
+    for each in wanted:
+        cache.expect(each.record, each.requests / total)
+    for each in wanted:
+        if not await _load(cache, each.record):
+            return False
+    return True
+
+
+async def fill(cache: AdapterCache, stable: Sequence[AdapterRecord], ask: Ask, replica: str, min_replicas: int) -> None:
+    """Load what no replica holds, until this one, named `replica`, has its part of `stable` or no more room."""
+    part = -(-len(stable) // max(min_replicas, len(await ask()), 1))
+    for record in sorted(stable, key=lambda each: -weight(each.digest, replica)):
+        if len(cache.digests) >= part:
+            return
+        held = cache.digests.union(*(each.holds for each in await ask()))
+        if record.digest not in held and not await _load(cache, record):
+            return
+
+
+async def _load(cache: AdapterCache, record: AdapterRecord) -> bool:
+    """Whether there is room for more."""
+    try:
+        return await cache.load_into_room(record)
+    except LuthierError as error:
+        _log.warning("%s@%d is not loaded ahead of requests: %s", record.name, record.version, error)
+        return True
+
+
+@asynccontextmanager
+async def _all_replicas() -> AsyncIterator[Ask]:
+    """Asks each replica of this deployment that is up, this one too once Serve says that it is."""
+    place = serve.get_replica_context()
+    # In a thread, because it asks the controller and waits.
+    replicas = await asyncio.to_thread(serve.get_deployment_handle, place.deployment, place.app_name)
+
+    async def ask() -> list[Stock]:
+        try:
+            answers = replicas.broadcast("stock")
+            return [
+                each
+                for each in await answers.results_async(timeout_s=_ASK_TIMEOUT_S, return_exceptions=True)
+                if isinstance(each, Stock)
+            ]
+        except (TimeoutError, RayError, RayServeException) as error:
+            _log.info("no other replica says which adapters it has: %s", error)
+            return []
+
+    try:
+        yield ask
+    finally:
+        await replicas.shutdown_async()  # or it reports to the controller for as long as this process lives
