@@ -26,6 +26,7 @@
     │   ├── InvalidRequest           a parameter that cannot be taken
     │   ├── UnknownModel             names a model or adapter that is not served
     │   └── Overloaded               exit 1: full; try again later
+    │       └── NotServing           not full: nothing answers for now
     └── RunFailed                    a run ended without its result
         └── OutOfMemory              a worker's memory is too small for its micro-batch
 
@@ -175,6 +176,10 @@ class Overloaded(RequestError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class NotServing(Overloaded):
+    """What would answer is starting, restarting or lost. Not the caller's doing, but to be tried again all the same."""
 
 
 class RunFailed(LuthierError):

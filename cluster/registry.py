@@ -48,6 +48,8 @@ def parse(text: str) -> Reference:
     name, at, selector = text.partition("@")
     if not keys.is_name(name) or (at and not keys.is_name(selector)):
         raise ConfigError([Fault(f"adapter {text!r}", "", "write name, name@7 or name@alias, in lower case")])
+    if selector.isdecimal() and selector != str(int(selector)):  # two spellings of one version would be two models
+        raise ConfigError([Fault(f"adapter {text!r}", "", f"write {name}@{int(selector)}")])
     if not at:
         return Reference(name, None, STABLE)
     return Reference(name, int(selector), None) if selector.isdecimal() else Reference(name, None, selector)

@@ -30,7 +30,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from cluster import metrics, secret
-from cluster.errors import LuthierError, Overloaded
+from cluster.errors import LuthierError, NotServing, Overloaded
 from cluster.gauges import counter
 from cluster.records import AdapterRecord, BaseModelRef
 from cluster.store import open_store
@@ -189,7 +189,7 @@ class Ingress:
             raise Overloaded(f"{queued} requests wait already; try again soon", self._pace.wait_s(queued)) from None
         except (RayError, RayServeException, grpc.RpcError) as error:
             _log.warning("call %s lost its replica: %s", call.id, error)
-            raise Overloaded("the replica that answered was lost; send the request again") from None
+            raise NotServing("the replica that answered was lost; send the request again") from None
         finally:
             response.cancel()  # no effect once it has ended
 

@@ -23,6 +23,7 @@ from cluster.errors import (
     InvalidRequest,
     LicenceRefused,
     LuthierError,
+    NotServing,
     ObjectDamaged,
     Overloaded,
     RequestError,
@@ -309,6 +310,8 @@ def describe(error: Exception) -> HttpError:
             return HttpError(404, "invalid_request_error", message, "model", "model_not_found")
         case Overloaded():
             headers = {"retry-after": str(error.retry_after_s)}
+            if isinstance(error, NotServing):
+                return HttpError(503, "server_error", message, None, "not_serving", headers)
             return HttpError(429, "rate_limit_error", message, None, "overloaded", headers)
         case RequestError():
             return HttpError(400, "invalid_request_error", message)

@@ -23,7 +23,7 @@ from pathlib import Path
 from ray import serve
 
 from cluster import models, secret
-from cluster.errors import InvalidRequest, Overloaded
+from cluster.errors import InvalidRequest, NotServing
 from cluster.records import AdapterRecord, BaseModelRef
 from cluster.store import open_store
 from serving import affinity
@@ -111,11 +111,11 @@ class Replica:
     async def generate(self, call: Call) -> AsyncIterator[Accepted | list[ChoiceEvent]]:
         """`Accepted`, then the events in lists: what has come since the last list, or all at the end (`call.stream`).
 
-        Raises InvalidRequest, RequestError and Overloaded, and what loading the adapter raises, before Accepted.
+        Raises RequestError (Overloaded, NotServing, …), and what loading the adapter raises, before Accepted.
         """
         if (call.base, call.quantization) != (self._base, self._quantization):
             meant = f"{call.base.name} at {call.base.revision} in {call.quantization or 'full precision'}"
-            raise Overloaded(f"the served base is being changed to {meant}; try again soon", 5)
+            raise NotServing(f"the served base is being changed to {meant}; try again soon", 5)
         clock = AnswerClock(call.adapter)
         loop = asyncio.get_running_loop()
         prompts = [await loop.run_in_executor(self._encoder, self._prompts.encode, each) for each in call.prompts]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from cluster.errors import Overloaded
+from cluster.errors import NotServing, Overloaded
 from serving.engine.adapter import read_adapter
 from serving.engine.core import EngineCore, Event
 from serving.engine.kv import BlockAllocator
@@ -142,7 +142,7 @@ class NativeEngine:
 
     def _serving_core(self) -> EngineCore:
         if self._core is None:
-            raise Overloaded(f"the engine does not serve: {self._why_not}")
+            raise NotServing(f"the engine does not serve: {self._why_not}")
         return self._core
 
     def _run(self, core: EngineCore) -> None:
@@ -161,7 +161,7 @@ class NativeEngine:
             commands, self._commands = self._commands, []
         self._send(outbox)
         for command in commands:
-            settle(command.done, Overloaded(f"the engine does not serve any more: {reason}"))
+            settle(command.done, NotServing(f"the engine does not serve any more: {reason}"))
 
     def _turn(self, core: EngineCore) -> bool:
         """Wait for work, then one step. False when it is time to stop."""

@@ -22,7 +22,7 @@ from typing import Any
 
 import aiohttp
 
-from cluster.errors import ModelError, Overloaded, RequestError, UnknownModel
+from cluster.errors import ModelError, NotServing, Overloaded, RequestError, UnknownModel
 from serving.engine.protocol import EngineStats, GenerationRequest, Grammar, MakeRoom, TokenEvent
 from serving.engine.streams import EventStream, settle
 from serving.engine.vllm_adapters import VllmAdapters
@@ -141,7 +141,7 @@ class VllmEngine:
 
     def _check_serves(self) -> None:
         if self._why_not is not None:
-            raise Overloaded(f"the engine does not serve: {self._why_not}", _RETRY_AFTER_S)
+            raise NotServing(f"the engine does not serve: {self._why_not}", _RETRY_AFTER_S)
 
     def _check(self, request: GenerationRequest) -> None:
         if request.id in self._live:

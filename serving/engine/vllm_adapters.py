@@ -14,7 +14,7 @@ from pathlib import Path
 
 import aiohttp
 
-from cluster.errors import AdapterRefused, Overloaded, RequestError
+from cluster.errors import AdapterRefused, NotServing, Overloaded, RequestError
 from serving.engine.vllm_api import BASE_NAME
 from serving.engine.vllm_command import VllmOptions
 from serving.engine.vllm_server import VllmServer
@@ -69,7 +69,7 @@ class VllmAdapters:
                 return
             server = self._current()
             if server is None:
-                raise Overloaded("vLLM is being restarted", _RETRY_AFTER_S)
+                raise NotServing("vLLM is being restarted", _RETRY_AFTER_S)
             if len(self._links) >= self._max_adapters:
                 raise Overloaded(f"all {self._max_adapters} adapter slots are taken; unload one first")
             links = Path(tempfile.mkdtemp(dir=server.private)) / "adapter"
@@ -79,7 +79,7 @@ class VllmAdapters:
             except (AdapterRefused, RequestError, aiohttp.ClientError) as error:
                 await asyncio.to_thread(shutil.rmtree, links)
                 if isinstance(error, aiohttp.ClientError):
-                    raise Overloaded("vLLM went away while it loaded an adapter", _RETRY_AFTER_S) from error
+                    raise NotServing("vLLM went away while it loaded an adapter", _RETRY_AFTER_S) from error
                 raise AdapterRefused(str(error).replace(str(links), str(folder))) from error
             self._links = {**self._links, digest: links}
 

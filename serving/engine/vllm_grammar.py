@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import aiohttp
 
-from cluster.errors import InvalidRequest, Overloaded
+from cluster.errors import InvalidRequest, NotServing
 from serving.engine.grammar import Grammars, Matcher, choice_pattern, strict_schema
 from serving.engine.protocol import GenerationRequest, Grammar, SamplingParams
 from serving.engine.vllm_api import Json, completion_body
@@ -66,7 +66,7 @@ async def ask(server: VllmServer, model: str, facts: ModelFacts, grammar: Gramma
         of_prompt = await server.refusal(body)
         of_either = await server.refusal({**body, "structured_outputs": structured_outputs(grammar)})
     except aiohttp.ClientError as error:
-        raise Overloaded("vLLM went away while it looked at a grammar") from error
+        raise NotServing("vLLM went away while it looked at a grammar") from error
     if of_either != of_prompt:
         raise InvalidRequest(f"{grammar.param} cannot be followed by vLLM: {of_either}", grammar.param)
 

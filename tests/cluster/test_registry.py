@@ -115,6 +115,7 @@ def test_aliases_set_at_once_are_all_kept(store: FolderStore, tmp_path: Path) ->
         ("Support", ConfigError, "name, name@7 or name@alias"),
         ("support@", ConfigError, "name, name@7 or name@alias"),
         ("../x", ConfigError, "name, name@7 or name@alias"),
+        ("support@07", ConfigError, "write support@7"),
     ],
 )
 def test_what_cannot_be_resolved_says_what_there_is(

@@ -93,7 +93,7 @@ def test_an_adapter_answers_to_every_form_of_its_name(served: Served, reference:
 
 
 @pytest.mark.parametrize(
-    "name", ["skill-99", "skill-3@9", "skill-3@canary", "other:skill-3", "Not A Name", "", "skill-3@"]
+    "name", ["skill-99", "skill-3@9", "skill-3@01", "skill-3@canary", "other:skill-3", "Not A Name", "", "skill-3@"]
 )
 @pytest.mark.parametrize("path", ["/chat/completions", "/completions"])
 def test_an_unknown_model_is_a_404_that_names_what_there_is(served: Served, name: str, path: str) -> None:

@@ -341,6 +341,7 @@ def test_every_error_of_the_tree_has_openais_shape(kind: type[LuthierError]) -> 
         (errors.ObjectDamaged("m"), 500, "adapter_damaged"),
         (errors.StoreUnreachable("m"), 503, "store_unavailable"),
         (Overloaded("m", 7), 429, "overloaded"),
+        (errors.NotServing("m", 7), 503, "not_serving"),
     ],
 )
 def test_errors_have_their_codes(error: LuthierError, status: int, code: str | None) -> None:
