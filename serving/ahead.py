@@ -31,15 +31,14 @@ Ask = Callable[[], Awaitable[list[Stock]]]
 
 async def load_ahead(cache: AdapterCache, base: BaseModelRef, names: Resolver, min_replicas: int) -> None:
     """In a replica, beside its first requests. What cannot be looked up or loaded is logged."""
-    async with _all_replicas() as ask:
-        if not await warm(cache, most_wanted(await ask(), base)):
-            return
-        try:
+    try:
+        async with _all_replicas() as ask:
+            if not await warm(cache, most_wanted(await ask(), base)):
+                return
             stable = [each.adapter for each in await names.models() if each.adapter and each.id == each.adapter.name]
-        except LuthierError as error:
-            _log.warning("no adapter is loaded ahead of requests: %s", error)
-            return
-        await fill(cache, stable, ask, serve.get_replica_context().replica_tag, min_replicas)
+            await fill(cache, stable, ask, serve.get_replica_context().replica_tag, min_replicas)
+    except (LuthierError, TimeoutError, RayError, RayServeException) as error:
+        _log.warning("adapters are loaded when they are asked for, not ahead: %s", error)
 
 
 async def warm(cache: AdapterCache, wanted: Sequence[Wanted]) -> bool:
@@ -55,13 +54,20 @@ async def warm(cache: AdapterCache, wanted: Sequence[Wanted]) -> bool:
 
 async def fill(cache: AdapterCache, stable: Sequence[AdapterRecord], ask: Ask, replica: str, min_replicas: int) -> None:
     """Load what no replica holds, until this one, named `replica`, has its part of `stable` or no more room."""
-    part = -(-len(stable) // max(min_replicas, len(await ask()), 1))
+    others = await ask()
+    part = -(-len(stable) // max(min_replicas, len(others), 1))
     for record in sorted(stable, key=lambda each: -weight(each.digest, replica)):
         if len(cache.digests) >= part:
             return
-        held = cache.digests.union(*(each.holds for each in await ask()))
-        if record.digest not in held and not await _load(cache, record):
+        if _is_held(record, cache, others):
+            continue
+        others = await ask()
+        if not _is_held(record, cache, others) and not await _load(cache, record):
             return
+
+
+def _is_held(record: AdapterRecord, cache: AdapterCache, others: Sequence[Stock]) -> bool:
+    return record.digest in cache.digests or any(record.digest in each.holds for each in others)
 
 
 async def _load(cache: AdapterCache, record: AdapterRecord) -> bool:

@@ -170,6 +170,9 @@ class AdaptersConfig(Config):
     retry_failed_s: NonNegativeFloat = Field(
         30.0, description="how long an adapter that could not be loaded, by its own fault, is refused without trying"
     )
+    weights: dict[str, PositiveFloat] = Field(
+        {}, description="by name, how much of a full engine an adapter (or the base) gets beside others; else 1"
+    )
     load_ahead: bool = Field(
         True, description="a new replica loads, into places that are free, what others are asked for and what is stable"
     )
@@ -206,6 +209,10 @@ class ServingConfig(Config):
     def _check(self) -> "ServingConfig":
         if not keys.is_name(self.name):
             raise ValueError(f"name {self.name!r}: use lower case letters, digits, '.', '_' and '-'")
+        if self.adapters.weights and self.engine.kind != "native":
+            raise ValueError("adapters.weights is the native engine's; vLLM takes requests as they come")
+        if unknown := [name for name in self.adapters.weights if not keys.is_name(name) and name != self.model.name]:
+            raise ValueError(f"adapters.weights: {unknown[0]!r} is no adapter's name; a weight is for all its versions")
         if len(self.adapters.pinned) >= self.engine.max_adapters:
             raise ValueError(
                 f"{len(self.adapters.pinned)} adapters are pinned of engine.max_adapters {self.engine.max_adapters}; "

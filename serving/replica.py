@@ -79,6 +79,7 @@ class Replica:
         self._teardown.callback(self._engine.stop)
         downloads = Downloads(models.cache_folder() / "adapters", store, config.adapters.disk_max_bytes)
         self._adapter_bytes = config.engine.adapter_bytes if isinstance(config.engine, EngineConfig) else None
+        self._weights = config.adapters.weights
         self._demand = Demand()
         self._adapters = AdapterCache(
             self._engine,
@@ -153,12 +154,13 @@ class Replica:
 
     def _requests(self, call: Call, prompts: list[list[int]]) -> list[GenerationRequest]:
         digest = call.adapter.digest if call.adapter else None
+        weight = self._weights.get(call.adapter.name if call.adapter else self._base.name, 1.0)
         requests: list[GenerationRequest] = []
         for prompt in prompts:
             params = replace(call.params, max_tokens=self._max_tokens(len(prompt), call.max_tokens))
             for index in range(call.n):
                 choice = replace(params, seed=choice_seed(params.seed, index))
-                requests.append(GenerationRequest(f"{call.id}-{len(requests)}", prompt, digest, choice))
+                requests.append(GenerationRequest(f"{call.id}-{len(requests)}", prompt, digest, choice, weight))
         return requests
 
     def _max_tokens(self, prompt: int, asked: int | None) -> int:

@@ -1,10 +1,11 @@
 """The queue in front of the engine, fair between adapters: nobody waits for ever behind another one's flood.
 
-Each flow (an adapter, or the bare base) has a counter of the tokens that were computed for it; the flow with the
-smallest goes first, and within a flow the first to come. This is the Virtual Token Counter of Sheng et al., "Fairness
-in Serving Large Language Models" (OSDI 2024, algorithm 2): of two flows that both always have requests waiting, neither
-gets ahead by more than twice what fits into the engine at once, and no place is left free while anybody waits. A flow
-that comes back begins at the level of those that wait, so that it cannot save up what it did not use.
+Each flow (an adapter, or the bare base) has a counter of the tokens that were computed for it, over its weight; the
+flow with the smallest goes first, and within a flow the first to come. This is the weighted Virtual Token Counter of
+Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024, algorithm 2 and section 4.3): of two flows that
+both always have requests waiting, neither gets ahead by more than twice what fits into the engine at once, and no place
+is left free while anybody waits. A flow that comes back begins at the level of those that wait, so that it cannot save
+up what it did not use.
 """
 
 from collections import deque
@@ -20,8 +21,8 @@ class FairQueue(Generic[Item]):
 
     def __init__(self) -> None:
         self._waiting: dict[str, deque[tuple[int, Item]]] = {}  # no empty ones
-        self._served: dict[str, int] = {}  # tokens, of flows that wait or are above the level
-        self._level = 0  # of the flow that was served last
+        self._served: dict[str, float] = {}  # tokens over weight, of flows that wait or are above the level
+        self._level = 0.0  # of the flow that was served last
         self._arrivals = count()
 
     def __len__(self) -> int:
@@ -39,7 +40,7 @@ class FairQueue(Generic[Item]):
         """To the end of its flow."""
         if flow not in self._waiting:
             lowest = min((self._served[each] for each in self._waiting), default=self._level)
-            self._served[flow] = max(self._served.get(flow, 0), lowest)
+            self._served[flow] = max(self._served.get(flow, 0.0), lowest)
             self._waiting[flow] = deque()
         self._waiting[flow].append((next(self._arrivals), item))
 
@@ -60,9 +61,9 @@ class FairQueue(Generic[Item]):
         self._waiting[flow] = deque(each for each in self._waiting[flow] if each[1] is not item)
         self._tidy(flow)
 
-    def charge(self, flow: str, tokens: int) -> None:
+    def charge(self, flow: str, tokens: int, weight: float = 1.0) -> None:
         """So many were computed for a flow, or are about to be."""
-        self._served[flow] = max(self._served.get(flow, 0), self._level) + tokens
+        self._served[flow] = max(self._served.get(flow, 0.0), self._level) + tokens / weight
 
     def _next(self) -> str:
         return min(self._waiting, key=lambda flow: (self._served[flow], self._waiting[flow][0][0]))

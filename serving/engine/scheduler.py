@@ -165,7 +165,7 @@ class Scheduler:
         sequence, size = chunk.sequence, self.allocator.block_tokens
         sequence.computed = chunk.end
         if chunk.start >= len(sequence.request.prompt_ids):  # the prompt's were charged when it was admitted
-            self.waiting.charge(sequence.flow, chunk.num_tokens)
+            self.waiting.charge(sequence.flow, chunk.num_tokens, sequence.request.weight)
         whole = chunk.end // size
         if self.limits.prefix_cache and whole > len(sequence.keys):
             first = len(sequence.keys)
@@ -200,4 +200,4 @@ class Scheduler:
             head.keys = keys[: len(shared)]
             head.computed = head.shared = len(shared) * size
             self.running.append(self.waiting.pop())
-            self.waiting.charge(head.flow, len(prompt) - head.shared)
+            self.waiting.charge(head.flow, len(prompt) - head.shared, head.request.weight)

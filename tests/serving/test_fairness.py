@@ -19,8 +19,8 @@ BLOCKS, BLOCK = 20, 4
 LONGEST = 24
 
 
-def asked(adapter: str, prompt: int, max_tokens: int) -> Sequence:
-    return Sequence(GenerationRequest("r", [0] * prompt, adapter, SamplingParams(max_tokens=max_tokens)))
+def asked(adapter: str, prompt: int, max_tokens: int, weight: float = 1.0) -> Sequence:
+    return Sequence(GenerationRequest("r", [0] * prompt, adapter, SamplingParams(max_tokens=max_tokens), weight))
 
 
 def step(scheduler: Scheduler, served: Counter[str]) -> None:
@@ -39,26 +39,33 @@ requests = st.lists(
 )
 
 
-@given(requests)
-def test_who_always_has_requests_waiting_gets_as_much_as_the_others(asked_for: list[tuple[str, int, int]]) -> None:
-    """Theorem 4.4 of the paper: two flows that wait all the time are never more than 2 max(prompt, memory) apart."""
+weights = st.fixed_dictionaries(dict.fromkeys("abc", st.sampled_from([1.0, 2.0, 5.0])))
+
+
+@given(requests, st.just(dict.fromkeys("abc", 1.0)) | weights)
+def test_who_always_has_requests_waiting_gets_as_much_as_the_others(
+    asked_for: list[tuple[str, int, int]], weights: dict[str, float]
+) -> None:
+    """Theorem 4.4 of the paper: two flows that wait all the time are never more than 2 max(prompt, memory) apart, each
+    divided by its weight."""
     scheduler = Scheduler(Limits(16, 6, 1000, 100), BlockAllocator(BLOCKS, BLOCK))
     for adapter, prompt, max_tokens in sorted(asked_for):  # the worst order of arrival: one's flood before the next's
-        scheduler.add(asked(adapter, prompt, max_tokens))
+        scheduler.add(asked(adapter, prompt, max_tokens, weights[adapter]))
     served: Counter[str] = Counter()
     while True:
         waiting = {each.flow for each in scheduler.waiting}
         if len(waiting) < len({adapter for adapter, _, _ in asked_for}):
             return
         step(scheduler, served)
-        assert max(served[each] for each in waiting) - min(served[each] for each in waiting) <= 2 * BLOCKS * BLOCK
+        shares = [served[each] / weights[each] for each in waiting]
+        assert max(shares) - min(shares) <= 2 * BLOCKS * BLOCK
 
 
 @given(requests)
 def test_everybody_is_served_in_the_end_and_in_the_order_of_his_own(asked_for: list[tuple[str, int, int]]) -> None:
     scheduler = Scheduler(Limits(16, 6, 1000, 100), BlockAllocator(BLOCKS, BLOCK))
     sequences = [asked(*each) for each in asked_for]
-    begun: list[Sequence] = []
+    admitted: list[Sequence] = []  # not who computed first: a short prompt may fit into a step that a long one does not
     arriving = list(sequences)
     served: Counter[str] = Counter()
     while arriving or scheduler.sequences():
@@ -66,10 +73,21 @@ def test_everybody_is_served_in_the_end_and_in_the_order_of_his_own(asked_for: l
             scheduler.add(each)
         arriving = arriving[2:]
         step(scheduler, served)
-        begun += [each for each in sequences if each.computed and each not in begun]
-    for adapter in "abc":
-        assert [each for each in begun if each.flow == adapter] == [each for each in sequences if each.flow == adapter]
+        admitted += [each for each in sequences if (each.blocks or each.computed) and each not in admitted]
+    for flow in "abc":
+        assert [each for each in admitted if each.flow == flow] == [each for each in sequences if each.flow == flow]
     assert served.total() == sum(each.max_cached for each in sequences)
+
+
+def test_a_weight_of_three_is_three_times_as_much() -> None:
+    scheduler = Scheduler(Limits(16, 2, 1000, 1000), BlockAllocator(BLOCKS, BLOCK))
+    for _ in range(200):
+        scheduler.add(asked("heavy", 8, 4, weight=3))
+        scheduler.add(asked("light", 8, 4))
+    served: Counter[str] = Counter()
+    for _ in range(300):
+        step(scheduler, served)
+    assert served["heavy"] == pytest.approx(3 * served["light"], rel=0.1)
 
 
 def test_who_comes_late_goes_before_a_flood() -> None:
