@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import ray
 import ray._private.state
 from ray.core.generated import gcs_pb2
+from ray.exceptions import AuthenticationError
 from ray.util.placement_group import PlacementGroup
 
 from cluster import env
@@ -47,7 +48,7 @@ def joined(
             ray.init(address="local", num_cpus=cpus, include_dashboard=True, runtime_env=environment)
         else:
             ray.init(address=address, runtime_env=environment)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PlanError(
             f"cannot join the Ray cluster at {address} ({reason}); is it running, and do {env.RAY_AUTH_MODE}=token and "

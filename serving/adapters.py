@@ -54,8 +54,8 @@ class _Entry:
     has_place: bool = False  # it is loaded, or may be
     is_loaded: bool = False
     is_leaving: bool = False
-    is_asked_for: bool = False  # by a request; else it is loaded into free room or not at all
-    holders: int = 0  # requests that use it or wait for it
+    holders: int = 0  # those who use it or wait for it
+    askers: int = 0  # of these, requests; without any it is loaded into free room or not at all
     last_used: int = 0
     num_bytes: int = 0  # of the budget, once it has room
 
@@ -105,6 +105,11 @@ class AdapterCache:
         return [entry.record for entry in self._entries.values() if entry.is_loaded]
 
     @property
+    def has_place(self) -> bool:
+        """Whether another adapter could come without one's leaving, if there is memory for it."""
+        return len(self._entries) < self._max_adapters
+
+    @property
     def digests(self) -> frozenset[str]:
         """Of what is in the engine or on its way."""
         return frozenset(self._entries)
@@ -119,7 +124,7 @@ class AdapterCache:
 
         Raises as `hold` does.
         """
-        entry = await self._join(record, is_asked_for=False)
+        entry = await self._join(record)
         try:
             await asyncio.shield(entry.loading)
         except _AbandonedError:
@@ -158,18 +163,20 @@ class AdapterCache:
         try:
             yield record.digest
         finally:
+            entry.askers -= 1
             self._leave(entry)
 
     async def _join_loaded(self, record: AdapterRecord) -> _Entry:
         while True:
-            entry = await self._join(record, is_asked_for=True)
+            entry = await self._join(record)
+            entry.askers += 1
             try:
                 await asyncio.shield(entry.loading)  # one caller who leaves must not end the load for the others
-            except _AbandonedError:  # by those before; this request came too late to keep it
+            except BaseException as error:
+                entry.askers -= 1
                 self._leave(entry)
-            except BaseException:
-                self._leave(entry)
-                raise
+                if not isinstance(error, _AbandonedError):  # by those before; this request came too late to keep it
+                    raise
             else:
                 return entry
 
@@ -179,7 +186,7 @@ class AdapterCache:
         entry.last_used = self._clock
         self._tell()
 
-    async def _join(self, record: AdapterRecord, *, is_asked_for: bool) -> _Entry:
+    async def _join(self, record: AdapterRecord) -> _Entry:
         while True:
             entry = self._entries.get(record.digest)
             if entry is None:
@@ -189,7 +196,6 @@ class AdapterCache:
                 entry.loading.add_done_callback(_retrieve)
             if not entry.is_leaving:
                 entry.holders += 1
-                entry.is_asked_for |= is_asked_for
                 return entry
             await self._news.wait()
 
@@ -268,7 +274,7 @@ class AdapterCache:
         next_to_go: _Entry | None = None
         try:
             while not is_enough():
-                if entry.holders == 0 or not entry.is_asked_for:
+                if entry.askers == 0:
                     raise _AbandonedError
                 loaded = [each for each in self._entries.values() if each.is_loaded and not self._is_pinned(each)]
                 loaded = [each for each in loaded if each is next_to_go or not each.is_leaving]

@@ -2,9 +2,10 @@
 
     what the other replicas are asked for, the most wanted first ▸ what is stable and no replica holds
 
-The second leaves each replica its part of what is stable, so that those that start together fill up evenly; they go
-through it in different orders (rendezvous hashing, as in routing.py), so that they seldom load the same adapter twice.
-Nothing depends on any of it: what is not here is loaded when it is asked for.
+and again every REPEAT_S while it has room: for what has become stable since, and for what a replica held that has gone,
+as those do that an update replaces. The second step leaves each replica its part of what is stable, so that those that
+start together fill up evenly; they go through it in different orders (rendezvous hashing, as in routing.py), so that
+they seldom load the same adapter twice. Nothing depends on any of it: what is not here is loaded when it is asked for.
 """
 
 import asyncio
@@ -16,12 +17,13 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
-from cluster.errors import LuthierError
 from cluster.records import AdapterRecord, BaseModelRef
 from serving.adapters import AdapterCache
 from serving.demand import Stock, Wanted, most_wanted
 from serving.resolver import Resolver
 from serving.routing import weight
+
+REPEAT_S = 30.0
 
 _ASK_TIMEOUT_S = 10.0
 
@@ -30,29 +32,45 @@ Ask = Callable[[], Awaitable[list[Stock]]]
 
 
 async def load_ahead(cache: AdapterCache, base: BaseModelRef, names: Resolver, min_replicas: int) -> None:
-    """In a replica, beside its first requests. What cannot be looked up or loaded is logged."""
-    try:
-        async with _all_replicas() as ask:
-            if not await warm(cache, most_wanted(await ask(), base)):
-                return
-            stable = [each.adapter for each in await names.models() if each.adapter and each.id == each.adapter.name]
-            await fill(cache, stable, ask, serve.get_replica_context().replica_tag, min_replicas)
-    except (LuthierError, TimeoutError, RayError, RayServeException) as error:
-        _log.warning("adapters are loaded when they are asked for, not ahead: %s", error)
+    """In a replica, beside its requests, until cancelled. What cannot be looked up or loaded is logged."""
+    is_new, failed = True, set[str]()
+    while True:
+        try:
+            if cache.has_place:
+                async with _all_replicas() as ask:
+                    if is_new:
+                        await warm(cache, most_wanted(await ask(), base), failed)
+                    is_new = False
+                    models = await names.models()
+                    stable = [each.adapter for each in models if each.adapter and each.id == each.adapter.name]
+                    await fill(cache, stable, ask, serve.get_replica_context().replica_tag, min_replicas, failed)
+        except Exception as error:  # the edge of a task that nobody awaits: what is not here is loaded when asked for
+            _log.warning("adapters are not loaded ahead: %s: %s", type(error).__name__, error)
+        await asyncio.sleep(REPEAT_S)
 
 
-async def warm(cache: AdapterCache, wanted: Sequence[Wanted]) -> bool:
-    """Load what is wanted. False once there is no room: what requests bring in meanwhile is not evicted for it."""
+async def warm(cache: AdapterCache, wanted: Sequence[Wanted], failed: set[str]) -> None:
+    """Load what is wanted, until there is no room: what requests bring in meanwhile is not evicted for it.
+
+    Args:
+        failed: digests that are passed over, because they could not be loaded; more are added.
+    """
     total = sum(each.requests for each in wanted)
     for each in wanted:
         cache.expect(each.record, each.requests / total)
     for each in wanted:
-        if not await _load(cache, each.record):
-            return False
-    return True
+        if not await _load(cache, each.record, failed):
+            return
 
 
-async def fill(cache: AdapterCache, stable: Sequence[AdapterRecord], ask: Ask, replica: str, min_replicas: int) -> None:
+async def fill(
+    cache: AdapterCache,
+    stable: Sequence[AdapterRecord],
+    ask: Ask,
+    replica: str,
+    min_replicas: int,
+    failed: set[str],
+) -> None:
     """Load what no replica holds, until this one, named `replica`, has its part of `stable` or no more room."""
     others = await ask()
     part = -(-len(stable) // max(min_replicas, len(others), 1))
@@ -62,7 +80,7 @@ async def fill(cache: AdapterCache, stable: Sequence[AdapterRecord], ask: Ask, r
         if _is_held(record, cache, others):
             continue
         others = await ask()
-        if not _is_held(record, cache, others) and not await _load(cache, record):
+        if not _is_held(record, cache, others) and not await _load(cache, record, failed):
             return
 
 
@@ -70,12 +88,16 @@ def _is_held(record: AdapterRecord, cache: AdapterCache, others: Sequence[Stock]
     return record.digest in cache.digests or any(record.digest in each.holds for each in others)
 
 
-async def _load(cache: AdapterCache, record: AdapterRecord) -> bool:
+async def _load(cache: AdapterCache, record: AdapterRecord, failed: set[str]) -> bool:
     """Whether there is room for more."""
+    if record.digest in failed:
+        return True
     try:
         return await cache.load_into_room(record)
-    except LuthierError as error:
-        _log.warning("%s@%d is not loaded ahead of requests: %s", record.name, record.version, error)
+    except Exception as error:  # whatever one adapter has, the next one is to be tried
+        failed.add(record.digest)
+        what = f"{type(error).__name__}: {error}"
+        _log.warning("%s@%d is not loaded ahead of requests: %s", record.name, record.version, what)
         return True
 
 

@@ -35,7 +35,7 @@ class Client:
                     raise _error(response)
                 self.weights = response.headers.get("x-luthier-adapter", "")
                 yield from _texts(response.iter_lines())
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise RunFailed(
                 f"{self._url} does not answer: {error}; is it deployed? see `luthier serving status`"
             ) from None

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import ray
 from ray import serve
+from ray.exceptions import AuthenticationError
 from ray.serve.api import RunTarget
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import DeploymentUnavailableError
@@ -49,7 +50,7 @@ def join(address: str | None) -> None:
     packages = [str(Path(package.__file__ or "").parent) for package in (cluster, serving)]
     try:
         ray.init(address=place, runtime_env={"py_modules": packages}, log_to_driver=False, logging_level="warning")
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PlanError(
             f"cannot join the Ray cluster at {place} ({reason}); is it running, and do {env.RAY_AUTH_MODE}=token and "

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import IO
 
 from cluster import keys, records
-from cluster.errors import ObjectDamaged
+from cluster.errors import NotServing, ObjectDamaged
 from cluster.records import AdapterRecord
 from cluster.store import Store
+
+_RETRY_AFTER_S = 10
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,15 @@ class Downloads:
     def open(self, record: AdapterRecord) -> Download:
         """The adapter's folder, downloaded and verified if it is not here.
 
-        Raises ObjectNotFound, ObjectDamaged and other StoreErrors; nothing half-made is left.
+        Raises ObjectNotFound, ObjectDamaged and other StoreErrors, and NotServing when this node's disk fails; nothing
+        half-made is left.
         """
+        try:
+            return self._opened(record)
+        except OSError as error:
+            raise NotServing(f"this node cannot keep adapters in {self._folder}: {error}", _RETRY_AFTER_S) from error
+
+    def _opened(self, record: AdapterRecord) -> Download:
         self._folder.mkdir(parents=True, exist_ok=True)
         folder = self._folder / record.digest
         lock = self._lock_file(record.digest).open("w")

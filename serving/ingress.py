@@ -33,7 +33,7 @@ from cluster import metrics, secret
 from cluster.errors import LuthierError, NotServing, Overloaded
 from cluster.gauges import counter
 from cluster.records import AdapterRecord, BaseModelRef
-from cluster.store import open_store
+from cluster.store import open_existing
 from serving import page, scrape
 from serving.answers import Answer, ChatAnswer, CompletionAnswer, Json
 from serving.calls import Accepted, Call, ChoiceEvent
@@ -70,7 +70,7 @@ class Ingress:
         self._may_be_none = config.replicas.min == 0
         self._permits = licences or Permits.here(config)
         refresh_s = config.adapters.alias_refresh_s
-        self._resolver = Resolver(open_store(config.store), base, refresh_s, self._prefetch, self._permits.check)
+        self._resolver = Resolver(open_existing(config.store), base, refresh_s, self._prefetch, self._permits.check)
         self._requests = counter(metrics.REQUESTS)
         self._pace = Pace()  # in calls answered
 
@@ -185,7 +185,7 @@ class Ingress:
         except RayTaskError as error:
             raise error.cause from None
         except BackPressureError as error:
-            queued = error.num_queued_requests
+            queued = int(error.args[0])  # Ray 2.60 gives it no other name
             raise Overloaded(f"{queued} requests wait already; try again soon", self._pace.wait_s(queued)) from None
         except (RayError, RayServeException, grpc.RpcError) as error:
             _log.warning("call %s lost its replica: %s", call.id, error)

@@ -32,7 +32,9 @@ async def keep_pinned(names: Sequence[str], resolver: Resolver, adapters: Adapte
                     adapters.pin(pinned.values())  # now: the next one's load must not evict it
                 if name in pinned and said.pop(name, ""):
                     _log.warning(pinned_line(name))
-            except LuthierError as error:
+            except Exception as error:  # the edge of a task that nobody awaits: it must go on
+                if not isinstance(error, LuthierError):
+                    _log.exception("%s could not be kept in the engine", name)
                 if said.get(name) != str(error):
                     said[name] = str(error)
                     _log.warning(pinned_line(name, str(error)))

@@ -25,6 +25,7 @@ from cluster.errors import (
     LuthierError,
     NotServing,
     ObjectDamaged,
+    ObjectNotFound,
     Overloaded,
     RequestError,
     StoreError,
@@ -320,7 +321,7 @@ def describe(error: Exception) -> HttpError:
         case AdapterRefused():
             # Not 409 or 5xx: those are tried again by OpenAI's client, and the same bytes are refused again.
             return HttpError(422, "invalid_request_error", message, "model", "adapter_refused")
-        case ObjectDamaged():
+        case ObjectDamaged() | ObjectNotFound():
             return HttpError(500, "server_error", message, "model", "adapter_damaged")
         case StoreError():
             return HttpError(503, "server_error", message, None, "store_unavailable", {"retry-after": "5"})

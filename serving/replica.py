@@ -25,7 +25,7 @@ from ray import serve
 from cluster import models, secret
 from cluster.errors import InvalidRequest, NotServing
 from cluster.records import AdapterRecord, BaseModelRef
-from cluster.store import open_store
+from cluster.store import open_existing
 from serving import affinity
 from serving.adapters import HALF_LIFE, SPARE_SLOTS, AdapterCache
 from serving.ahead import load_ahead
@@ -68,7 +68,7 @@ class Replica:
         if config.engine.kind == "vllm":
             find_python(config.engine.python)  # before anything is fetched
         secret.load(config.secrets)
-        store = open_store(config.store)
+        store = open_existing(config.store)  # one that is away for a while must not be made anew, empty
         folder = models.fetch(config.model, base, store)
         limits = (models.read_shape(folder).max_position_embeddings, config.engine.max_sequence_tokens)
         self._max_context = min(limit for limit in limits if limit is not None)

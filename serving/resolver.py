@@ -190,12 +190,17 @@ class Resolver:
     def _remembered(self, reference: str) -> _Remembered[AdapterRecord]:
         found = self._names.get(reference)
         if found is None:
-            found = _Remembered(lambda: self._look_up(reference), self._refresh_s, self._clock, self._prepare)
+            found = _Remembered(lambda: self._look_up(reference), self._refresh_s, self._clock, self._prepare_ours)
             self._names[reference] = found
         self._names.move_to_end(reference)
         while len(self._names) > _MAX_REMEMBERED:
             self._names.popitem(last=False)
         return found
+
+    async def _prepare_ours(self, record: AdapterRecord) -> None:
+        """Nothing is loaded that will be refused."""
+        if self._is_ours(record) and self._is_permitted(record):
+            await self._prepare(record)
 
     async def _there_is(self) -> str:
         try:

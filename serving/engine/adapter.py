@@ -187,7 +187,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"train without {key}"
             )
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)) or isinstance(config[key], bool) or config[key] <= 0:
+        if not _is_positive(config.get(key)):
             raise AdapterRefused(f"{path}: {key} is {config.get(key)!r}; it must be a number above 0")
     return config
 
@@ -256,11 +256,17 @@ def _whole(folder: Path, module: str, base: LinearLayer) -> nn.Linear:
     )
 
 
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
 def _by_pattern(folder: Path, patterns: Mapping[str, float] | None, module: str, default: float) -> float:
     """peft's rule: the first pattern that matches the end of the path, whole components only."""
     for pattern, value in (patterns or {}).items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", module):
+                if not _is_positive(value):
+                    raise AdapterRefused(f"{folder}: for {pattern!r} stands {value!r}; it must be a number above 0")
                 return value
         except re.error as error:
             raise AdapterRefused(f"{folder}: the pattern {pattern!r} is no regular expression: {error}") from None

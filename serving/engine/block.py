@@ -6,6 +6,7 @@ pages of 4 KiB, the updates of 128 adapters (263 MB) took 29 ms; in blocks they 
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -32,7 +33,8 @@ def _allocate(num_bytes: int) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
     whole = -(-num_bytes // _HUGE_PAGE) * _HUGE_PAGE
     memory = mmap.mmap(-1, whole + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     block = torch.frombuffer(memory, dtype=torch.uint8)  # which keeps the memory
     start = -block.data_ptr() % _HUGE_PAGE  # what is in front is never touched, and so takes nothing
     return block[start : start + whole]

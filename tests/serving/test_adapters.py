@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster import keys, registry
-from cluster.errors import AdapterRefused, ObjectDamaged, ObjectNotFound, Overloaded, StoreUnreachable
+from cluster.errors import AdapterRefused, NotServing, ObjectDamaged, ObjectNotFound, Overloaded, StoreUnreachable
 from cluster.folder import FolderStore
 from cluster.records import AdapterRecord, BaseModelRef
 from serving.adapters import HALF_LIFE, SPARE_SLOTS, AdapterCache
@@ -46,6 +46,7 @@ class MemoryEngine:
         self.loads: Counter[str] = Counter()
         self.in_use: Counter[str] = Counter()
         self.refused: set[str] = set()
+        self.broken: set[str] = set()  # raises what nobody foresaw
         self.gates: dict[str, asyncio.Event] = {}
 
     def start(self) -> None: ...
@@ -66,6 +67,8 @@ class MemoryEngine:
         assert (folder / "adapter_config.json").is_file()
         await self.gates[digest].wait() if digest in self.gates else await asyncio.sleep(0)
         self.loading.discard(digest)
+        if digest in self.broken:
+            raise KeyError(digest)
         if digest in self.refused:
             raise AdapterRefused(f"{digest[:8]} has a rank of 1000")
         self.sizes[digest] = (folder / "adapter_model.safetensors").stat().st_size
@@ -727,3 +730,32 @@ def test_the_bytes_of_a_real_engine_never_exceed_the_budget(tmp_path: Path, tiny
         assert stats.adapter_loads > len(recipes), "nothing was ever evicted"
     finally:
         engine.stop()
+
+
+def test_a_disk_that_cannot_be_written_is_told_and_tried_again(bench: Bench) -> None:
+    record = bench.publish("a")
+    (bench.root / "cache").write_text("in the way")
+
+    async def main() -> None:
+        with pytest.raises(NotServing, match="cannot keep adapters"):
+            await bench.touch(record)
+        (bench.root / "cache").unlink()
+        await bench.touch(record)
+
+    asyncio.run(main())
+
+
+def test_a_pin_that_breaks_in_a_way_that_nobody_foresaw_is_tried_again(bench: Bench) -> None:
+    record = bench.publish("named")
+    registry.set_alias(bench.store, "named", registry.STABLE, 1, "a test")
+    bench.engine.broken.add(record.digest)
+
+    async def main() -> None:
+        names = Resolver(bench.store, BASE, 0.01)
+        pinning = asyncio.create_task(keep_pinned(["named"], names, bench.cache, 0.01))
+        await until(lambda: bench.engine.loads[record.digest] > 2)
+        bench.engine.broken.clear()
+        await until(lambda: bench.names() == ["named"])
+        pinning.cancel()
+
+    asyncio.run(main())

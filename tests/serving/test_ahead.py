@@ -16,7 +16,7 @@ def test_free_places_are_filled_by_the_most_wanted_and_nothing_is_evicted_for_th
     async def main() -> None:
         await bench.touch(asked)
         wanted = enumerate([refused, first, asked, second, third])
-        assert not await warm(bench.cache, [Wanted(record, 100 - place) for place, record in wanted])
+        await warm(bench.cache, [Wanted(record, 100 - place) for place, record in wanted], set())
         assert bench.names() == ["asked", "1st", "2nd"]
         await bench.touch(third)  # what is expected the least leaves first
         assert bench.names() == ["asked", "1st", "3rd"]
@@ -37,7 +37,7 @@ def test_replicas_that_start_together_fill_evenly_and_seldom_load_the_same(tmp_p
     async def main() -> None:
         async with asyncio.TaskGroup() as group:
             for number, bench in enumerate(benches):
-                group.create_task(fill(bench.cache, stable, ask, f"replica{number}", min_replicas=3))
+                group.create_task(fill(bench.cache, stable, ask, f"replica{number}", min_replicas=3, failed=set()))
 
     asyncio.run(main())
     assert {len(bench.names()) for bench in benches} <= {6, 7}
@@ -54,7 +54,7 @@ def test_who_comes_later_takes_what_nobody_holds_while_it_has_room(tmp_path: Pat
 
     async def main() -> None:
         await bench.touch(stable[0])
-        await fill(bench.cache, stable, ask, "replica", min_replicas=1)
+        await fill(bench.cache, stable, ask, "replica", min_replicas=1, failed=set())
 
     asyncio.run(main())
     assert len(bench.names()) == 3
@@ -71,7 +71,7 @@ def test_bytes_that_are_taken_are_no_room(tmp_path: Path) -> None:
 
     async def main() -> None:
         await bench.touch(stable[0])
-        await fill(bench.cache, stable, ask, "replica", min_replicas=1)
+        await fill(bench.cache, stable, ask, "replica", min_replicas=1, failed=set())
 
     asyncio.run(main())
     assert len(bench.names()) == 2
@@ -92,5 +92,41 @@ def test_a_request_that_joins_a_load_ahead_has_others_leave_for_it(tmp_path: Pat
         assert await loading
         assert bench.names() == ["ahead"]
         await settle()
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_loaded_is_passed_over_whatever_it_has_and_not_tried_again(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_adapters=4)
+    stable = [bench.publish(f"a{number}") for number in range(3)]
+    bench.engine.broken.add(stable[1].digest)
+    failed: set[str] = set()
+
+    async def ask() -> list[Stock]:
+        return []
+
+    async def main() -> None:
+        for _ in range(2):
+            await fill(bench.cache, stable, ask, "replica", 1, failed)
+
+    asyncio.run(main())
+    assert set(bench.names()) == {"a0", "a2"}
+    assert failed == {stable[1].digest}
+    assert bench.engine.loads[stable[1].digest] == 1
+
+
+def test_a_request_that_joined_a_load_ahead_and_left_has_nobody_leave_for_it(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_adapters=1)
+    here, ahead = bench.publish("here"), bench.publish("ahead")
+
+    async def main() -> None:
+        await bench.touch(here)
+        loading = asyncio.create_task(bench.cache.load_into_room(ahead))
+        await asyncio.sleep(0)
+        request = asyncio.create_task(bench.touch(ahead))
+        await asyncio.sleep(0)
+        request.cancel()
+        assert not await loading
+        assert bench.names() == ["here"]
 
     asyncio.run(main())

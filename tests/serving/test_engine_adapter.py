@@ -107,6 +107,8 @@ def test_what_peft_can_make_and_we_cannot_serve_is_refused(
         ({"peft_type": "IA3"}, "'IA3'"),
         ({"r": "four"}, "r is 'four'"),
         ({"lora_alpha": 0}, "lora_alpha is 0"),
+        ({"rank_pattern": {"q_proj": "four"}}, "for 'q_proj' stands 'four'"),
+        ({"alpha_pattern": {".*": float("inf")}}, "stands inf"),
         ({"r": 5}, "has shape (4, 32), expected (5, 32)"),
         ({"a_setting_of_next_year": True}, "a_setting_of_next_year"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),

@@ -1,5 +1,6 @@
 """Matrices in one piece of memory."""
 
+import mmap
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +20,12 @@ def test_copies_are_equal_lie_in_order_and_begin_at_cache_lines(rows: int) -> No
         assert 0 <= next_one.data_ptr() - one.data_ptr() - one.nbytes < 64
     copies[0].zero_()
     assert tensors[0].any(), "the original is not touched"
+
+
+def test_a_kernel_without_huge_pages_has_the_memory_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9_999)  # to the real call, which answers EINVAL as such a kernel does
+    tensors = [torch.randn(1 << 20)]
+    assert torch.equal(packed(tensors)[0], tensors[0])
 
 
 def test_memory_lives_as_long_as_a_piece_of_it_and_then_is_given_back() -> None:

@@ -339,6 +339,7 @@ def test_every_error_of_the_tree_has_openais_shape(kind: type[LuthierError]) -> 
         (errors.RequestError("m"), 400, None),
         (errors.AdapterRefused("m"), 422, "adapter_refused"),
         (errors.ObjectDamaged("m"), 500, "adapter_damaged"),
+        (errors.ObjectNotFound("m"), 500, "adapter_damaged"),
         (errors.StoreUnreachable("m"), 503, "store_unavailable"),
         (Overloaded("m", 7), 429, "overloaded"),
         (errors.NotServing("m", 7), 503, "not_serving"),

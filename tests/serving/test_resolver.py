@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,12 @@ class Desk:
         self.resolver = Resolver(self.store, BASE, REFRESH_S, self._prepare, clock=lambda: self.now)
         self.promote(1)
 
-    def publish(self, root: Path, number: int) -> AdapterRecord:
+    def publish(self, root: Path, number: int, base: BaseModelRef = BASE) -> AdapterRecord:
         folder = root / f"made-{number}"
         folder.mkdir()
         (folder / "adapter_config.json").write_text("{}")
         (folder / "adapter_model.safetensors").write_bytes(bytes([number]) * 100)
-        return registry.publish(self.store, "a", folder, BASE, "run", number)
+        return registry.publish(self.store, "a", folder, base, "run", number)
 
     def promote(self, version: int) -> None:
         registry.set_alias(self.store, "a", registry.STABLE, version, "a test")
@@ -128,5 +129,22 @@ def test_an_alias_without_its_version_takes_no_other_name_along(tmp_path: Path) 
         assert [model.id for model in await desk.resolver.models()] == ["base", "a"]
         with pytest.raises(UnknownModel, match=r"no model 'lost' here; base: base; adapters: a$"):
             await desk.resolver.resolve("lost")
+
+    asyncio.run(main())
+
+
+def test_a_version_of_another_base_is_refused_and_never_loaded(tmp_path: Path) -> None:
+    async def main() -> None:
+        desk = Desk(tmp_path)
+        assert await desk.version() == 1
+        desk.publish(tmp_path, 3, BaseModelRef(name="base", revision="r2", licence="apache-2.0"))
+        desk.promote(3)
+        desk.now += REFRESH_S / 2 + 0.01
+        with suppress(UnknownModel):  # now, or with the next look
+            await desk.version()
+        await settle()
+        with pytest.raises(UnknownModel, match="belongs to base"):
+            await desk.version()
+        assert desk.prepared == []
 
     asyncio.run(main())
