@@ -39,7 +39,7 @@ HALF_LIFE = 8.0
 "least recently used" has while the same adapters stay popular, and about as many when all popularity is dealt out anew
 every 3,000 requests. With a half-life of 300 s, a sixth fewer and a sixth more."""
 
-_ITS_OWN_FAULT = (AdapterRefused, ObjectDamaged, ObjectNotFound)
+ITS_OWN_FAULT = (AdapterRefused, ObjectDamaged, ObjectNotFound)
 """What trying again soon would only meet again, at the price of a download."""
 
 
@@ -220,7 +220,7 @@ class AdapterCache:
         except BaseException as error:
             del self._entries[digest]
             clear_frames(error.__traceback__)  # or what was read lives in them for as long as the error
-            if isinstance(error, _ITS_OWN_FAULT):
+            if isinstance(error, ITS_OWN_FAULT):
                 self._failed[digest] = self._time() + self._retry_failed_s, error
             raise
         finally:

@@ -17,8 +17,9 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from cluster.errors import LuthierError
 from cluster.records import AdapterRecord, BaseModelRef
-from serving.adapters import AdapterCache
+from serving.adapters import ITS_OWN_FAULT, AdapterCache
 from serving.demand import Stock, Wanted, most_wanted
 from serving.resolver import Resolver
 from serving.routing import weight
@@ -39,8 +40,8 @@ async def load_ahead(cache: AdapterCache, base: BaseModelRef, names: Resolver, m
             if cache.has_place:
                 async with _all_replicas() as ask:
                     if is_new:
+                        is_new = False
                         await warm(cache, most_wanted(await ask(), base), failed)
-                    is_new = False
                     models = await names.models()
                     stable = [each.adapter for each in models if each.adapter and each.id == each.adapter.name]
                     await fill(cache, stable, ask, serve.get_replica_context().replica_tag, min_replicas, failed)
@@ -53,7 +54,7 @@ async def warm(cache: AdapterCache, wanted: Sequence[Wanted], failed: set[str]) 
     """Load what is wanted, until there is no room: what requests bring in meanwhile is not evicted for it.
 
     Args:
-        failed: digests that are passed over, because they could not be loaded; more are added.
+        failed: digests that are passed over, because they could not be loaded by their own fault; more are added.
     """
     total = sum(each.requests for each in wanted)
     for each in wanted:
@@ -95,6 +96,8 @@ async def _load(cache: AdapterCache, record: AdapterRecord, failed: set[str]) ->
     try:
         return await cache.load_into_room(record)
     except Exception as error:  # whatever one adapter has, the next one is to be tried
+        if isinstance(error, LuthierError) and not isinstance(error, ITS_OWN_FAULT):
+            raise  # the store's doing, or this node's: the next one would meet it too, and later all may be well
         failed.add(record.digest)
         what = f"{type(error).__name__}: {error}"
         _log.warning("%s@%d is not loaded ahead of requests: %s", record.name, record.version, what)

@@ -3,6 +3,9 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+
+from cluster.errors import NotServing
 from serving.ahead import fill, warm
 from serving.demand import Stock, Wanted
 from tests.serving.test_adapters import Bench, settle
@@ -130,3 +133,22 @@ def test_a_request_that_joined_a_load_ahead_and_left_has_nobody_leave_for_it(tmp
         assert bench.names() == ["here"]
 
     asyncio.run(main())
+
+
+def test_what_the_nodes_disk_kept_from_loading_is_loaded_when_that_is_mended(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, max_adapters=4)
+    stable = [bench.publish(f"a{number}") for number in range(3)]
+    (tmp_path / "cache").write_text("in the way")
+    failed: set[str] = set()
+
+    async def ask() -> list[Stock]:
+        return []
+
+    async def main() -> None:
+        with pytest.raises(NotServing):
+            await fill(bench.cache, stable, ask, "replica", 1, failed)
+        (tmp_path / "cache").unlink()
+        await fill(bench.cache, stable, ask, "replica", 1, failed)
+
+    asyncio.run(main())
+    assert len(bench.names()) == 3
